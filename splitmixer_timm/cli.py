@@ -1,0 +1,191 @@
+""" Command line: `splitmixer-timm` or `python -m splitmixer_timm`. """
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from typing import Any, Dict, List, Optional
+
+import timm
+from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, is_model
+
+from . import __version__, convmixer, manifest, splitmixer
+
+ARCHITECTURES = {**splitmixer.VARIANTS, **convmixer.VARIANTS}
+DEFAULT_MODEL = 'splitmixer_i_256_8.cifar10'
+
+
+class CommandError(Exception):
+    """ Something the user can put right, told in one line."""
+
+
+def _list(args: argparse.Namespace) -> int:
+    if args.pretrained:
+        for name in sorted(manifest.entries()):
+            metrics = manifest.entries()[name]['metrics']
+            print(f'{name}  top-1 {metrics["top1"]:.2f} %')
+    else:
+        print('\n'.join(ARCHITECTURES))
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    from .complexity import measure_complexity
+
+    arch, _, tag = args.model.partition('.')
+    if arch not in ARCHITECTURES:
+        raise CommandError(f'unknown model {args.model!r}; `splitmixer-timm list` names those there are')
+    try:
+        cfg = get_pretrained_cfg(args.model)
+    except RuntimeError as e:
+        tags = ', '.join(name.partition('.')[2] for name in get_arch_pretrained_cfgs(arch))
+        raise CommandError(f'unknown tag {tag!r} of {arch}; it has {tags}') from e
+    counts = measure_complexity(timm.create_model(args.model, device='meta'), cfg.input_size)
+    info: Dict[str, Any] = {
+        'model': f'{arch}.{cfg.tag}',
+        'arguments': ARCHITECTURES[arch][0],
+        **dataclasses.asdict(counts),
+        'input_size': cfg.input_size,
+        'mean': cfg.mean,
+        'std': cfg.std,
+        'num_classes': cfg.num_classes,
+        'tags': {
+            name.partition('.')[2]: manifest.entries().get(name, {}).get('metrics')
+            for name in get_arch_pretrained_cfgs(arch)
+        },
+    }
+    if args.json:
+        print(json.dumps(info, indent=2))
+        return 0
+    print(f'{info["model"]}: {", ".join(f"{k}={v}" for k, v in info["arguments"].items())}')
+    print(f'  parameters   {counts.params:,}')
+    print(f'  MACs         {counts.macs / 1e6:,.3f} M')
+    print(f'  paper FLOPS  {counts.paper_flops / 1e6:,.1f} M')
+    print(f'  input        {" x ".join(map(str, cfg.input_size))}, mean {cfg.mean}, std {cfg.std}')
+    print(f'  classes      {cfg.num_classes}')
+    for tag, metrics in info['tags'].items():
+        print(f'  tag          {tag}: ' + (
+            f'top-1 {metrics["top1"]:.2f} %, top-5 {metrics["top5"]:.2f} % on {metrics["images"]:,} test images'
+            if metrics else 'no weights'))
+    return 0
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from itertools import chain
+
+    from tqdm import tqdm
+
+    from .predict import Classifier, classify, find_images, read_stdin
+
+    model_name = args.model
+    if ':' not in model_name and not is_model(model_name):
+        raise CommandError(f'unknown model {model_name!r}; `splitmixer-timm list --pretrained` names those there are')
+    try:
+        sources = list(chain.from_iterable(
+            read_stdin(sys.stdin.buffer) if image == '-' else find_images([image]) for image in args.images))
+    except ValueError as e:
+        raise CommandError(str(e)) from e
+    if not sources:
+        raise CommandError(f'no image found in {", ".join(args.images)}')
+    try:
+        classifier = Classifier(model_name, args.device)
+    except (AssertionError, OSError, RuntimeError, ValueError) as e:
+        raise CommandError(str(e)) from e
+
+    failures = 0
+    answers: List[Dict[str, Any]] = []
+    results = classify(classifier, sources, args.topk, args.batch_size)
+    # a bar on a terminal only, and only where there is something to wait for
+    for name, result in tqdm(results, total=len(sources), unit='image', disable=None if len(sources) > 20 else True):
+        if isinstance(result, str):
+            failures += 1
+            answers.append({'image': name, 'error': result})
+            tqdm.write(f'splitmixer-timm: {name}: {result}', file=sys.stderr)
+        elif args.json:
+            answers.append({'image': name, 'predictions': [dataclasses.asdict(p) for p in result]})
+        else:
+            tqdm.write('\n'.join([name, *(f'  {p.probability:7.2%}  {p.label}' for p in result)]), file=sys.stdout)
+    if args.json:
+        print(json.dumps({'model': classifier.name, 'images': answers}, indent=2))
+    return 1 if failures else 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    failures = 0
+    for name, entry in sorted(manifest.entries().items()):
+        path = manifest.WEIGHTS_DIR / entry['file']
+        try:
+            manifest.check_file(path, name)
+            print(f'ok      {name}  {entry["bytes"]:,} bytes  sha256 {entry["sha256"][:16]}...')
+        except FileNotFoundError:
+            failures += 1
+            print(f'missing {name}  {path}')
+        except (OSError, RuntimeError) as e:
+            failures += 1
+            print(f'FAILED  {name}  {e}')
+    listed = {entry['file'] for entry in manifest.entries().values()}
+    for path in sorted(manifest.WEIGHTS_DIR.glob('*.safetensors')):
+        if path.name not in listed:
+            failures += 1
+            print(f'FAILED  {path.name}  not in the manifest')
+    return 1 if failures else 0
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f'must be an integer of at least 1, got {text!r}')
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog='splitmixer-timm', description='SplitMixer models for timm.')
+    version = f'splitmixer-timm {__version__}, timm {timm.__version__}'
+    parser.add_argument('--version', action='version', version=version)
+    commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
+
+    command = commands.add_parser('list', help='name the models')
+    command.add_argument('--pretrained', action='store_true', help='those with weights, with their tags and accuracy')
+    command.set_defaults(run=_list)
+
+    command = commands.add_parser('info', help='size, work, input and accuracy of a model')
+    command.add_argument('model', metavar='MODEL', help='name with or without a tag')
+    command.add_argument('--json', action='store_true', help='print JSON')
+    command.set_defaults(run=_info)
+
+    command = commands.add_parser('predict', help='classify images', description=(
+        'Classify images. Exit status 1 if an image could not be read (the others are classified all the same).'))
+    command.add_argument(
+        'images', metavar='IMAGE', nargs='+',
+        help='file, folder (searched for images), or - for standard input: one image, or paths, one a line')
+    command.add_argument('--model', default=DEFAULT_MODEL, help='a pretrained model (default: %(default)s)')
+    command.add_argument('--topk', type=_positive, default=3, metavar='K', help='classes shown (default: %(default)s)')
+    command.add_argument('--json', action='store_true', help='print JSON')
+    command.add_argument('--device', default='cpu', help='device to run on (default: %(default)s)')
+    command.add_argument('--batch-size', type=_positive, default=64, metavar='N', help='default: %(default)s')
+    command.set_defaults(run=_predict)
+
+    command = commands.add_parser('verify', help='check the bundled weights against the manifest', description=(
+        'Check size and sha256 of every bundled weights file. Exit status 1 if one is missing or differs.'))
+    command.set_defaults(run=_verify)
+    return parser
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """ Run the command line.
+
+    Returns:
+        Exit status: 0 for success, 1 where a part of the work failed, 2 for a request that cannot be met.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except CommandError as e:
+        print(f'splitmixer-timm: error: {e}', file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # the reader of our output went away: no traceback, and none from the interpreter's last flush either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130

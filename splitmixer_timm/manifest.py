@@ -1,0 +1,157 @@
+""" Which weights the zoo has, where they are, and the class names of their data sets.
+
+`weights/manifest.json` is the one list of weights. It ships inside the package as `splitmixer_timm/weights`; a checkout
+and an editable install read the top-level `weights/` folder instead. A bundled file is used where there is one, a
+published one (Hub, else URL) is downloaded to the usual cache where there is none; both are loaded only if their sha256
+is the manifest's.
+"""
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any, Dict, Optional, Tuple, Union
+
+from timm.models import PretrainedCfg, resolve_pretrained_cfg
+from timm.models._hub import download_cached_file, download_from_hf
+
+_PACKAGE_DIR = Path(__file__).resolve().parent
+WEIGHTS_DIR = next(
+    (d for d in (_PACKAGE_DIR / 'weights', _PACKAGE_DIR.parent / 'weights') if (d / 'manifest.json').is_file()),
+    _PACKAGE_DIR / 'weights',
+)
+HUB_FILENAME = 'model.safetensors'
+
+
+@cache
+def load_manifest() -> Dict[str, Any]:
+    """ The manifest, read once.
+
+    Returns:
+        `hf_hub_org` and `base_url` of the whole zoo, both empty until published, and `models`, an entry for each
+        'arch.tag' that has weights.
+
+    Raises:
+        RuntimeError: If the file is missing or is not a manifest.
+    """
+    path = WEIGHTS_DIR / 'manifest.json'
+    try:
+        manifest = json.loads(path.read_text(encoding='utf-8'))
+        if not isinstance(manifest['models'], dict):
+            raise TypeError("'models' is not an object")
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise RuntimeError(f'{path} is not a readable weights manifest ({e!r}); reinstall splitmixer-timm.') from e
+    return manifest
+
+
+def entries() -> Dict[str, Dict[str, Any]]:
+    """ The manifest's entries by 'arch.tag'."""
+    return load_manifest()['models']
+
+
+@cache
+def label_names(dataset: str) -> Tuple[str, ...]:
+    """ Class names of a data set in label order (ImageNet's: WordNet's lemmas, as in timm's `ImageNetInfo`)."""
+    path = _PACKAGE_DIR / 'labels' / f'{dataset}.txt'
+    return tuple(path.read_text(encoding='utf-8').splitlines())
+
+
+def bundled_file(name: str) -> Optional[Path]:
+    """ Path of the weights of 'arch.tag' that came with the package, None if they did not."""
+    entry = entries().get(name)
+    path = WEIGHTS_DIR / entry['file'] if entry else None
+    return path if path is not None and path.is_file() else None
+
+
+def _published(name: str) -> Dict[str, Any]:
+    """ Where the weights of 'arch.tag' are published, as fields of a `PretrainedCfg`, empty if nowhere."""
+    manifest, entry = load_manifest(), entries()[name]
+    hub_id = entry.get('hf_hub_id') or (f'{manifest["hf_hub_org"]}/{name}' if manifest.get('hf_hub_org') else None)
+    if hub_id:
+        return dict(hf_hub_id=f'{hub_id}@{entry["revision"]}' if entry.get('revision') else hub_id)
+    url = entry.get('url')
+    if not url and manifest.get('base_url'):
+        url = f'{manifest["base_url"].rstrip("/")}/{entry["file"]}'
+    return dict(url=url) if url else {}
+
+
+def source_cfg(name: str) -> Dict[str, Any]:
+    """ Fields of a `PretrainedCfg` that say where the weights of 'arch.tag' are, empty if there are none."""
+    if name not in entries():
+        return {}
+    path = bundled_file(name)
+    return dict(file=str(path)) if path else _published(name)
+
+
+def check_file(path: Union[str, Path], name: str) -> None:
+    """ Check a weights file against the manifest's size and sha256 of 'arch.tag'.
+
+    Raises:
+        RuntimeError: If they differ.
+    """
+    entry = entries()[name]
+    size = Path(path).stat().st_size
+    if size != entry['bytes']:
+        raise RuntimeError(
+            f'Weights of {name} refused: {path} has {size} bytes, the manifest says {entry["bytes"]} (a truncated or '
+            f'different file). Delete it and reinstall or download again.')
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    if digest != entry['sha256']:
+        raise RuntimeError(
+            f'Weights of {name} refused: {path} has sha256 {digest}, the manifest says {entry["sha256"]} (a damaged or '
+            f'different file). Delete it and reinstall or download again.')
+
+
+def _download(name: str, cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]]) -> str:
+    if cfg.hf_hub_id:
+        return download_from_hf(cfg.hf_hub_id, cfg.hf_hub_filename or HUB_FILENAME, cache_dir=cache_dir)
+    # a hash in the file's name keeps releases apart in the cache, and timm drops a download that does not match it
+    filename = f'{name}-{entries()[name]["sha256"][:16]}.safetensors'
+    return download_cached_file((cfg.url, filename), check_hash=True, progress=True, cache_dir=cache_dir)
+
+
+def checked_overlay(
+        variant: str,
+        pretrained_cfg: Optional[Union[str, Dict[str, Any], PretrainedCfg]] = None,
+        pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
+        cache_dir: Optional[Union[str, Path]] = None,
+) -> Dict[str, Any]:
+    """ Overlay of a pretrained cfg that makes timm load weights of the zoo from a file that passed `check_file`.
+
+    Weights that the caller names (a file, URL, Hub repository or state dict of their own) are left to timm.
+
+    Args:
+        variant: Name of the architecture.
+        pretrained_cfg: As for `timm.create_model`: a tag, a cfg, or None for the default.
+        pretrained_cfg_overlay: As for `timm.create_model`.
+        cache_dir: Where to keep downloads, timm's and huggingface_hub's own caches if None.
+
+    Raises:
+        RuntimeError: If there are no weights, or the file is not the one in the manifest.
+        FileNotFoundError: If the caller names a file that does not exist.
+    """
+    overlay = dict(pretrained_cfg_overlay or {})
+    if 'file' not in overlay and (overlay.get('url') or overlay.get('hf_hub_id')):
+        overlay['file'] = None  # timm prefers a file, the caller asked for another place
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
+    if cfg.source in ('hf-hub', 'local-dir') or cfg.state_dict:
+        return overlay
+
+    name = f'{cfg.architecture}.{cfg.tag}' if cfg.tag else cfg.architecture
+    known = name in entries()
+    if cfg.file:
+        if known and Path(cfg.file) == WEIGHTS_DIR / entries()[name]['file']:
+            check_file(cfg.file, name)
+        elif not Path(cfg.file).is_file():
+            raise FileNotFoundError(f'The weights file {cfg.file} given for {variant} does not exist.')
+    elif cfg.hf_hub_id or cfg.url:
+        published = _published(name) if known else {}
+        if published and all(getattr(cfg, key) == value for key, value in published.items()):
+            path = _download(name, cfg, cache_dir)
+            check_file(path, name)
+            overlay['file'] = path
+    else:
+        available = sorted(entries())
+        raise RuntimeError(
+            f'No pretrained weights exist for {name}. Use `pretrained=False` for random init, or one of the models '
+            f'that have weights: {", ".join(available) or "none yet"}.')
+    return overlay

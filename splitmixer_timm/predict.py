@@ -1,0 +1,133 @@
+""" Classify images with a model of the zoo, or any of timm's. """
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Iterable, Iterator, List, Optional, Tuple, Union
+
+import torch
+from PIL import Image, ImageOps
+from timm import create_model
+from timm.data import create_transform, resolve_model_data_config
+
+__all__ = ['IMAGE_SUFFIXES', 'Classifier', 'Prediction', 'classify', 'find_images', 'load_image', 'read_stdin']
+
+IMAGE_SUFFIXES = ('.bmp', '.gif', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
+ImageSource = Union[Path, bytes]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """ Class of an image: its index, its name, and its probability (0 to 1)."""
+    index: int
+    label: str
+    probability: float
+
+
+def find_images(paths: Iterable[Union[str, Path]]) -> Iterator[Path]:
+    """ The files among `paths`, and every image file below the folders among them, in sorted order.
+
+    A path that does not exist is passed on, so that opening it names it.
+    """
+    for path in map(Path, paths):
+        if path.is_dir():
+            yield from sorted(p for p in path.rglob('*') if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        else:
+            yield path
+
+
+def read_stdin(stream: BinaryIO) -> List[ImageSource]:
+    """ Image sources on standard input: the bytes of one image, or the paths of images, one a line.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    data = stream.read()
+    try:
+        Image.open(io.BytesIO(data)).close()
+        return [data]
+    except OSError:
+        pass
+    try:
+        lines = [line for line in data.decode('utf-8').splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        lines = []
+    if not lines or any('\0' in line for line in lines):
+        raise ValueError('standard input must hold one image or the paths of images, one a line')
+    return list(find_images(lines))
+
+
+def load_image(source: ImageSource) -> Image.Image:
+    """ RGB image from a path or from bytes, turned upright as its EXIF data says.
+
+    Raises:
+        OSError: If it cannot be read or is not an image.
+    """
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            return ImageOps.exif_transpose(image).convert('RGB')
+    except OSError:
+        raise
+    except Exception as e:  # a damaged file makes Pillow's decoders raise nearly anything
+        raise OSError(f'not a readable image ({type(e).__name__}: {e})') from e
+
+
+class Classifier:
+    """ A pretrained model with its own preprocessing and class names.
+
+    Args:
+        model_name: Name for `timm.create_model`, with or without a tag, 'hf-hub:' and 'local-dir:' included.
+        device: Device to run on.
+
+    Raises:
+        RuntimeError: If there is no such model or it has no weights.
+    """
+
+    def __init__(self, model_name: str, device: Union[str, torch.device] = 'cpu'):
+        self.device = torch.device(device)
+        self.model = create_model(model_name, pretrained=True).to(self.device).eval()
+        self.transform = create_transform(**resolve_model_data_config(self.model), is_training=False)
+        cfg = self.model.pretrained_cfg
+        labels = cfg.get('label_names')
+        # names of other classes than the model's would be worse than none
+        self.labels: Optional[Tuple[str, ...]] = labels if labels and len(labels) == self.model.num_classes else None
+        self.name = '.'.join(filter(None, (cfg.get('architecture'), cfg.get('tag')))) or model_name
+
+    @torch.inference_mode()
+    def __call__(self, inputs: List[torch.Tensor], topk: int = 5) -> List[List[Prediction]]:
+        """ The `topk` likeliest classes, likeliest first, of each input (C, H, W) that `transform` made of an image."""
+        logits = self.model(torch.stack(inputs).to(self.device))
+        probabilities, indices = logits.float().softmax(-1).topk(min(topk, self.model.num_classes))
+        return [
+            [Prediction(i, self.labels[i] if self.labels else str(i), p) for p, i in zip(ps, js)]
+            for ps, js in zip(probabilities.tolist(), indices.tolist())
+        ]
+
+
+def classify(
+        classifier: Classifier,
+        sources: Iterable[ImageSource],
+        topk: int,
+        batch_size: int,
+) -> Iterator[Tuple[str, Union[List[Prediction], str]]]:
+    """ Predictions, or what was wrong, for each source in order; a broken image does not stop the others."""
+    # inputs are small where the images need not be, so it is they that wait for their batch
+    pending: List[Tuple[str, Union[torch.Tensor, str]]] = []
+
+    def flush() -> Iterator[Tuple[str, Union[List[Prediction], str]]]:
+        inputs = [item for _, item in pending if not isinstance(item, str)]
+        answers = iter(classifier(inputs, topk) if inputs else [])
+        for name, item in pending:
+            yield name, item if isinstance(item, str) else next(answers)
+        pending.clear()
+
+    for source in sources:
+        name = '<stdin>' if isinstance(source, bytes) else str(source)
+        try:
+            pending.append((name, classifier.transform(load_image(source))))
+        except FileNotFoundError:
+            pending.append((name, 'no such file'))
+        except OSError as e:
+            pending.append((name, e.strerror or ('not a readable image' if 'cannot identify' in str(e) else str(e))))
+        if len(pending) >= batch_size:
+            yield from flush()
+    yield from flush()

@@ -1,0 +1,26 @@
+import os
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import splitmixer_timm  # noqa: F401, registers the models
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA_DIR = Path(os.environ.get('SPLITMIXER_DATA', ROOT.parent / 'shared' / 'data'))
+
+KINDS = ('i', 'ii', 'iii', 'iv', 'v', '3d', 'full')
+SPLITMIXERS = timm.list_models(module='splitmixer')
+BASELINES = ['convmixer_256_8', 'convmixer_256_8_ks7_p7']
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def images():
+    """ Small images whose sides differ and are no multiple of common patches."""
+    return torch.randn(2, 3, 15, 18)

@@ -1,0 +1,375 @@
+""" The architecture: against the paper's networks transcribed, the paper's figures, its ablations, and bad input."""
+import math
+
+import pytest
+import reference
+import timm
+import torch
+from conftest import KINDS
+from reference import randomize
+from torch import nn
+
+from splitmixer_timm import SplitMixer, checkpoint_filter_fn
+from splitmixer_timm.complexity import measure_complexity
+
+
+def assert_same(model, expected, images):
+    model.load_state_dict(checkpoint_filter_fn(expected.state_dict(), model), strict=True)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(images), expected(images), rtol=1e-5, atol=1e-5)
+
+
+class TestAgainstPaper:
+    """ Outputs equal those of the networks as the paper describes them."""
+
+    @pytest.mark.parametrize('dim', [24, 30])
+    @pytest.mark.parametrize(('kind', 'model_args', 'reference_args'), [
+        ('i', {}, {}),
+        ('i', dict(overlap_ratio='6/11'), dict(alpha=6 / 11)),
+        ('ii', {}, {}),
+        ('ii', dict(num_segments=5), dict(s=5)),
+        ('iii', {}, {}),
+        ('iii', dict(num_segments=6), dict(s=6)),
+        ('iv', {}, {}),
+        ('iv', dict(num_segments=4), dict(s=4)),
+        ('iv', dict(num_segments=5), dict(s=5)),
+        ('v', {}, {}),
+        ('v', dict(overlap_ratio=5 / 9), dict(alpha=5 / 9)),
+    ])
+    def test_types(self, dim, kind, model_args, reference_args, images):
+        expected = randomize(reference.Package(kind, dim, 5, k=5, p=2, **reference_args))
+        assert_same(SplitMixer(dim, 5, channel_mixing=kind, num_classes=10, **model_args), expected, images)
+
+    @pytest.mark.parametrize(('m', 't'), [(None, None), (12, 12), (16, 8), (12, 4), (24, 1), (21, 1)])
+    def test_3d(self, m, t, images):
+        expected = randomize(reference.Package3d(24, 3, m=m, t=t))
+        model = SplitMixer(24, 3, channel_mixing='3d', channel_kernel_size=m, channel_stride=t, num_classes=10)
+        assert_same(model, expected, images)
+
+    def test_3d_without_overlap_is_iii_interleaved(self, images):
+        """ m = t = h / s: type III, its outputs map-major."""
+        sliding = SplitMixer(24, 1, channel_mixing='3d', channel_kernel_size=12, channel_stride=12).eval()
+        shared = SplitMixer(24, 1, channel_mixing='iii').eval()
+        x = torch.randn(2, 24, 4, 5)
+        mixer = sliding.blocks[0].channel_mixing.mixer
+        shared.blocks[0].channel_mixing.mixer.conv.load_state_dict(mixer.conv.state_dict())
+        expected = shared.blocks[0].channel_mixing.mixer(x)
+        torch.testing.assert_close(mixer(x), expected.unflatten(1, (2, 12)).transpose(1, 2).flatten(1, 2))
+
+    def test_baseline_is_timm_convmixer(self, images):
+        """ 2D kernels and full channel mixing are ConvMixer: timm's, weights mapped over."""
+        expected = randomize(timm.models.ConvMixer(24, 3, kernel_size=5, patch_size=2, num_classes=10))
+        model = SplitMixer(24, 3, spatial_mixing='2d', channel_mixing='full', num_classes=10)
+        assert_same(model, expected, images)
+
+    def test_relu(self, images):
+        expected = randomize(reference.Package('i', 24, 2, act=nn.ReLU))
+        assert_same(SplitMixer(24, 2, act_layer='relu', num_classes=10), expected, images)
+
+    def test_kernel_and_patch(self):
+        expected = randomize(reference.Package('i', 24, 2, k=9, p=7))
+        assert_same(SplitMixer(24, 2, kernel_size=9, patch_size=7, num_classes=10), expected, torch.randn(1, 3, 37, 52))
+
+    @pytest.mark.parametrize(('dim', 'size'), [(256, 170), (30, 20), (1536, 1024), (768, 512), (1024, 682)])
+    def test_segment_size_in_double_precision(self, dim, size):
+        block = SplitMixer(dim, 1, device='meta').blocks[0]
+        assert block.channel_mixing.mixer.conv.out_channels == size
+
+    def test_gelu_is_exact(self):
+        act = SplitMixer(8, 1).blocks[0].spatial_mixing.act1
+        x = torch.linspace(-4, 4, 101)
+        torch.testing.assert_close(act(x), 0.5 * x * (1 + torch.erf(x / math.sqrt(2))))
+
+
+# paper.md's tables: arguments, parameters, MACs in millions
+CIFAR = [
+    (dict(spatial_mixing='2d', channel_mixing='full'), 594_186, 148.114, 617_316),
+    (dict(channel_mixing='i'), 275_834, 65.219, 298_964),
+    (dict(channel_mixing='ii'), 175_370, 39.586, 198_500),
+    (dict(channel_mixing='iii'), 175_370, 73.141, 198_500),
+    (dict(channel_mixing='iv'), 307_466, 73.141, 330_596),
+    (dict(channel_mixing='v'), 508_394, 124.406, 531_524),
+    (dict(channel_mixing='3d'), 218_378, 95.161, 241_508),
+]
+FLOWERS = [
+    (dict(spatial_mixing='2d', channel_mixing='full'), 701_542, 678.193),
+    (dict(channel_mixing='i'), 342_230, 304.670),
+    (dict(channel_mixing='ii'), 241_766, 202.139),
+    (dict(channel_mixing='iii'), 241_766, 336.357),
+    (dict(channel_mixing='iv'), 373_862, 336.357),
+    (dict(channel_mixing='v'), 574_790, 541.419),
+    (dict(channel_mixing='3d'), 284_774, 424.437),
+    (dict(channel_mixing='i', overlap_ratio=3 / 5), 298_166, 259.688),
+    (dict(channel_mixing='i', overlap_ratio='4/7'), 281_366, 242.542),
+    (dict(channel_mixing='i', overlap_ratio=5 / 9), 272_118, 233.105),
+    (dict(channel_mixing='i', overlap_ratio='6/11'), 265_350, 226.199),
+    (dict(channel_mixing='ii', num_segments=3), 168_494, 127.459),
+    (dict(channel_mixing='ii', num_segments=4), 142_950, 101.476),
+    (dict(channel_mixing='ii', num_segments=5), 130_990, 89.334),
+    (dict(channel_mixing='ii', num_segments=6), 124_474, 82.733),
+    (dict(channel_mixing='iii', num_segments=4), 142_950, 202.139),
+    (dict(channel_mixing='iii', num_segments=8), 118_118, 135.030),
+    (dict(channel_mixing='iv', num_segments=3), 286_486, 246.884),
+    (dict(channel_mixing='iv', num_segments=4), 242_790, 202.139),
+    (dict(channel_mixing='iv', num_segments=5), 216_582, 175.302),
+]
+PAPER_FLOPS = [  # channel mixing, 32 x 32, 224 x 224, in millions
+    ('full', 152.6, 696), ('i', 71.8, 331), ('ii', 46.2, 229), ('iii', 79.8, 363), ('iv', 79.8, 363),
+]
+
+
+class TestPaperFigures:
+    """ Parameters and MACs are the paper's to the last digit, its FLOPS follow by its rule."""
+
+    @staticmethod
+    def measure(size, **kwargs):
+        return measure_complexity(SplitMixer(256, 8, device='meta', **kwargs), (3, size, size))
+
+    @pytest.mark.parametrize(('kwargs', 'params10', 'macs', 'params100'), CIFAR)
+    def test_cifar(self, kwargs, params10, macs, params100):
+        counts = self.measure(32, num_classes=10, **kwargs)
+        assert counts.params == params10
+        assert round(counts.macs / 1e6, 3) == macs
+        assert self.measure(32, num_classes=100, **kwargs).params == params100
+
+    @pytest.mark.parametrize(('kwargs', 'params', 'macs'), FLOWERS)
+    def test_flowers(self, kwargs, params, macs):
+        counts = self.measure(224, num_classes=102, kernel_size=7, patch_size=7, **kwargs)
+        assert counts.params == params
+        assert round(counts.macs / 1e6, 3) == macs
+
+    @pytest.mark.parametrize(('kind', 'at_32', 'at_224'), PAPER_FLOPS)
+    def test_paper_flops(self, kind, at_32, at_224):
+        kwargs = dict(channel_mixing=kind, spatial_mixing='2d' if kind == 'full' else '1d')
+        assert round(self.measure(32, num_classes=10, **kwargs).paper_flops / 1e6, 1) == at_32
+        counts = self.measure(224, num_classes=102, kernel_size=7, patch_size=7, **kwargs)
+        assert round(counts.paper_flops / 1e6) == at_224
+
+    @pytest.mark.parametrize(('name', 'millions'), [('splitmixer_i_1536_20', 23.56), ('splitmixer_i_768_32', 9.83)])
+    def test_imagenet(self, name, millions):
+        model = timm.create_model(name, device='meta')
+        assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == millions
+
+    def test_counting_leaves_the_model_alone(self):
+        model = SplitMixer(16, 1).train()
+        measure_complexity(model, (3, 8, 8))
+        assert model.training
+        assert next(model.parameters()).device.type == 'cpu'
+        assert not any(m._forward_hooks for m in model.modules())
+
+
+class TestOptions:
+    """ What the paper ablates and what it leaves open."""
+
+    def test_spatial_mixing_none(self):
+        """ Channel mixing only: a 1 x 1 patch changes only its own position."""
+        model = SplitMixer(12, 3, spatial_mixing='none', patch_size=1, num_classes=0, global_pool='').eval()
+        x = torch.randn(1, 3, 6, 6)
+        y = x.clone()
+        y[..., 2, 3] += 1
+        changed = (model(x) != model(y)).any(1)[0].nonzero().tolist()
+        assert changed == [[2, 3]]
+
+    def test_channel_mixing_none(self):
+        """ Spatial mixing only: a channel of the stem's output reaches only itself."""
+        model = SplitMixer(12, 3, channel_mixing='none').eval()
+        x = torch.randn(1, 12, 6, 6)
+        y = x.clone()
+        y[:, 5] += 1
+        changed = (model.blocks(x) != model.blocks(y)).flatten(2).any(-1)[0].nonzero().flatten().tolist()
+        assert changed == [5]
+
+    def test_spatial_residual(self):
+        x = torch.randn(2, 12, 6, 6)
+        with_residual = SplitMixer(12, 1, channel_mixing='none').eval()
+        without = SplitMixer(12, 1, channel_mixing='none', spatial_residual=False).eval()
+        without.load_state_dict(with_residual.state_dict())
+        torch.testing.assert_close(with_residual.blocks(x), x + without.blocks(x))
+
+    def test_channel_residual(self):
+        x = torch.randn(2, 12, 6, 6)
+        with_residual = SplitMixer(12, 1, spatial_mixing='none', channel_residual=True).eval()
+        without = SplitMixer(12, 1, spatial_mixing='none').eval()
+        without.load_state_dict(with_residual.state_dict())
+        torch.testing.assert_close(with_residual.blocks(x), x + without.blocks(x))
+
+    @pytest.mark.parametrize(('kind', 'bounds'), [('i', (0, 8)), ('ii', (0, 6))])
+    def test_one_fixed_segment(self, kind, bounds):
+        model = SplitMixer(12, 3, channel_mixing=kind, alternate_segments=False).eval()
+        x = torch.randn(1, 12, 2, 2)
+        for block in model.blocks:
+            same = (block.channel_mixing.mixer(x) == x).flatten(2).all(-1)[0].tolist()
+            assert same == [not bounds[0] <= c < bounds[1] for c in range(12)]
+
+    @pytest.mark.parametrize('name', ['layernorm', 'LayerNorm2d', 'layer_norm_2d', 'rmsnorm2d'])
+    def test_norm_over_channels_by_name(self, name, images):
+        model = SplitMixer(12, 2, norm_layer=name).eval()
+        assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+        norm = model.blocks[0].channel_mixing.norm
+        x = torch.randn(1, 12, 3, 3)
+        y = x.clone()
+        y[..., 0, 0] += torch.randn(12)
+        changed = (norm(x) != norm(y)).any(1)[0].nonzero().tolist()
+        assert changed == [[0, 0]]  # statistics of one position, over its channels
+        assert model(images).shape == (2, 1000)
+
+    @pytest.mark.parametrize(('act_layer', 'expected'), [
+        ('relu', nn.ReLU), ('ReLU', nn.ReLU), (nn.SiLU, nn.SiLU), ('silu', nn.SiLU), ('hard_swish', nn.Hardswish),
+    ])
+    def test_act_layer(self, act_layer, expected):
+        with timm.layers.set_layer_config(scriptable=True):
+            model = SplitMixer(12, 2, act_layer=act_layer)
+        acts = [m for name, m in model.named_modules() if name.rpartition('.')[2].startswith('act')] + [model.stem[1]]
+        assert len(acts) == 7
+        assert all(isinstance(m, expected) for m in acts)
+
+    def test_act_layer_with_parameters(self):
+        model = SplitMixer(12, 2, act_layer='prelu', device='meta', dtype=torch.bfloat16)
+        assert {p.device.type for p in model.parameters()} == {'meta'}
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+    def test_overlapping_patches(self, images):
+        model = SplitMixer(12, 4, patch_size=4, patch_stride=2).eval()
+        assert [info['reduction'] for info in model.feature_info] == [2] * 4
+        assert model.forward_features(images).shape == (2, 12, 6, 8)
+
+    def test_even_kernel_keeps_resolution(self, images):
+        assert SplitMixer(12, 2, kernel_size=4).eval().forward_features(images).shape == (2, 12, 7, 9)
+
+    def test_stochastic_depth(self):
+        model = SplitMixer(12, 4, drop_path_rate=0.3, channel_residual=True)
+        rates = [getattr(block.drop_path, 'drop_prob', 0.) for block in model.blocks]
+        assert rates == pytest.approx([0, 0.1, 0.2, 0.3])
+        x = torch.randn(64, 3, 4, 4)
+        assert not torch.equal(model.train()(x), model(x))
+        model.eval()
+        assert torch.equal(model(x), model(x))
+
+    def test_dropped_branch_leaves_the_input(self):
+        block = SplitMixer(12, 2, drop_path_rate=0.9999, channel_mixing='none').blocks[1].train()
+        x = torch.randn(8, 12, 4, 4)
+        torch.testing.assert_close(block(x), x)
+
+    def test_drop_rate(self):
+        model = SplitMixer(12, 1, drop_rate=0.5)
+        features = torch.ones(1, 12, 2, 2)
+        assert set(model.train().forward_head(features, pre_logits=True).unique().tolist()) == {0., 2.}
+
+    @pytest.mark.parametrize('size', [(2, 2), (2, 31), (33, 7), (40, 40)])
+    @pytest.mark.parametrize('kind', KINDS)
+    def test_any_size(self, kind, size):
+        features = SplitMixer(12, 2, channel_mixing=kind).eval().forward_features(torch.randn(1, 3, *size))
+        assert features.shape == (1, 12, size[0] // 2, size[1] // 2)
+
+    def test_fixed_by_seed(self):
+        states = []
+        for _ in range(2):
+            torch.manual_seed(3)
+            states.append(SplitMixer(12, 2).state_dict())
+        assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values()))
+
+
+class TestStrings:
+    """ Arguments come as strings from timm's --model-kwargs and from YAML."""
+
+    @pytest.mark.parametrize(('given', 'meant'), [
+        (dict(overlap_ratio='6/11'), dict(overlap_ratio=6 / 11)),
+        (dict(overlap_ratio='0.6'), dict(overlap_ratio=0.6)),
+        (dict(spatial_residual='false'), dict(spatial_residual=False)),
+        (dict(channel_residual='True'), dict(channel_residual=True)),
+        (dict(channel_mixing='IV', num_segments='3'), dict(channel_mixing='iv', num_segments=3)),
+        (dict(channel_mixing='3D', channel_kernel_size='12', channel_stride='6'),
+         dict(channel_mixing='3d', channel_kernel_size=12, channel_stride=6)),
+        (dict(alternate_segments='FALSE'), dict(alternate_segments=False)),
+        (dict(kernel_size='3', patch_size='4', patch_stride='2'), dict(kernel_size=3, patch_size=4, patch_stride=2)),
+        (dict(spatial_mixing='2D'), dict(spatial_mixing='2d')),
+        (dict(drop_path_rate='0.1', drop_rate='0.2'), dict(drop_path_rate=0.1, drop_rate=0.2)),
+        (dict(num_classes='7', in_chans='3'), dict(num_classes=7, in_chans=3)),
+    ])
+    def test_parsed(self, given, meant):
+        assert repr(SplitMixer('18', '3', **given)) == repr(SplitMixer(18, 3, **meant))
+        torch.manual_seed(1)
+        parsed = SplitMixer(18, 3, **given).eval()
+        torch.manual_seed(1)
+        direct = SplitMixer(18, 3, **meant).eval()
+        x = torch.randn(1, 3, 9, 9)
+        assert torch.equal(parsed(x), direct(x))
+
+    def test_fraction_is_the_published_double(self):
+        for j in range(2, 7):
+            model = SplitMixer(256, 1, overlap_ratio=f'{j}/{2 * j - 1}', device='meta')
+            assert model.blocks[0].channel_mixing.mixer.conv.out_channels == int(256 * (j / (2 * j - 1)))
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(('kwargs', 'words'), [
+        (dict(overlap_ratio=0.5), ('overlap_ratio', '0.5', 'between 1/2 and 1')),
+        (dict(overlap_ratio=1.0), ('overlap_ratio', '1.0')),
+        (dict(overlap_ratio=float('nan')), ('overlap_ratio', 'nan')),
+        (dict(overlap_ratio='2/0'), ('overlap_ratio', '2/0')),
+        (dict(overlap_ratio='two thirds'), ('overlap_ratio', 'two thirds')),
+        (dict(overlap_ratio=True), ('overlap_ratio', 'True')),
+        (dict(channel_mixing='ii', num_segments=1), ('num_segments', '1', 'at least 2')),
+        (dict(channel_mixing='ii', num_segments=25), ('num_segments', '25', 'dim=24')),
+        (dict(channel_mixing='iv', num_segments=25), ('num_segments', '25', 'dim=24')),
+        (dict(channel_mixing='iii', num_segments=5), ('num_segments', '5', 'divide', 'dim=24')),
+        (dict(channel_mixing='ii', num_segments=2.5), ('num_segments', '2.5')),
+        (dict(channel_mixing='3d', channel_kernel_size=16, channel_stride=5), ('channel_stride', '5', 'divide')),
+        (dict(channel_mixing='3d', channel_kernel_size=16, channel_stride=2), ('channel_stride', 'divides dim=24')),
+        (dict(channel_mixing='3d', channel_kernel_size=25), ('channel_kernel_size', '25', 'dim=24')),
+        (dict(channel_mixing='vi'), ('channel_mixing', "'vi'", "'iii'")),
+        (dict(channel_mixing=3), ('channel_mixing', '3')),
+        (dict(spatial_mixing='4d'), ('spatial_mixing', "'4d'", "'2d'")),
+        (dict(norm_layer='nonorm'), ('norm_layer', "'nonorm'", "'layernorm2d'")),
+        (dict(norm_layer=7), ('norm_layer', '7')),
+        (dict(act_layer='nonact'), ('act_layer', "'nonact'", "'gelu'")),
+        (dict(act_layer=7), ('act_layer', '7')),
+        (dict(depth=0), ('depth', '0', 'at least 1')),
+        (dict(dim=0), ('dim', '0', 'at least 1')),
+        (dict(dim=-3), ('dim', '-3')),
+        (dict(dim='wide'), ('dim', "'wide'")),
+        (dict(dim=1), ('dim', 'overlap_ratio', '1')),
+        (dict(dim=16.5), ('dim', '16.5')),
+        (dict(depth=True), ('depth', 'True')),
+        (dict(kernel_size=0), ('kernel_size', '0')),
+        (dict(patch_size=0), ('patch_size', '0')),
+        (dict(patch_stride=0), ('patch_stride', '0')),
+        (dict(in_chans=0), ('in_chans', '0')),
+        (dict(num_classes=-1), ('num_classes', '-1')),
+        (dict(spatial_residual='maybe'), ('spatial_residual', "'maybe'")),
+        (dict(spatial_residual=1), ('spatial_residual', '1')),
+        (dict(drop_rate=1.), ('drop_rate', '1.0')),
+        (dict(drop_path_rate=-0.1), ('drop_path_rate', '-0.1')),
+        (dict(drop_path_rate=0.1, spatial_residual=False), ('drop_path_rate', '0.1')),
+        (dict(spatial_mixing='none', channel_mixing='none'), ('spatial_mixing', 'channel_mixing')),
+        (dict(channel_mixing='none', channel_residual=True), ('channel_residual', 'channel_mixing')),
+        # an argument of another type of mixing is refused, not passed over
+        (dict(channel_mixing='ii', overlap_ratio=0.6), ('overlap_ratio', "'i'", "'ii'")),
+        (dict(channel_mixing='i', num_segments=4), ('num_segments', "'iv'", "'i'")),
+        (dict(channel_mixing='iii', alternate_segments=False), ('alternate_segments', "'iii'")),
+        (dict(channel_mixing='i', channel_stride=4), ('channel_stride', "'3d'")),
+    ])
+    def test_refused_by_name(self, kwargs, words):
+        with pytest.raises(ValueError, match='.') as error:
+            SplitMixer(**{'dim': 24, 'depth': 2, **kwargs})
+        for word in words:
+            assert word in str(error.value)
+
+    def test_unknown_argument(self):
+        with pytest.raises(TypeError, match='overlap'):
+            timm.create_model('splitmixer_i_256_8', overlap=0.6)
+
+    def test_unknown_tag(self):
+        with pytest.raises(RuntimeError, match='in22k'):
+            timm.create_model('splitmixer_i_256_8.in22k')
+
+    def test_image_smaller_than_patch(self):
+        model = SplitMixer(12, 1, patch_size=7)
+        with pytest.raises(AssertionError, match='height must be at least patch_size=7, got 6'):
+            model(torch.randn(1, 3, 6, 9))
+        with pytest.raises(AssertionError, match='width must be at least patch_size=7, got 6'):
+            model.forward_intermediates(torch.randn(1, 3, 9, 6))
+
+    def test_wrong_channel_count(self):
+        with pytest.raises(AssertionError, match='in_chans=3 channels, got 1'):
+            SplitMixer(12, 1)(torch.randn(1, 1, 8, 8))
