@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import timm
@@ -12,6 +13,7 @@ from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, is_model
 from . import __version__, convmixer, manifest, splitmixer
 
 ARCHITECTURES = {**splitmixer.VARIANTS, **convmixer.VARIANTS}
+RECIPES_DIR = Path(__file__).resolve().parent / 'recipes'
 DEFAULT_MODEL = 'splitmixer_i_256_8.cifar10'
 
 
@@ -131,6 +133,28 @@ def _verify(args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
+def _recipe(args: argparse.Namespace) -> int:
+    recipes = {path.stem: path for path in sorted(RECIPES_DIR.glob('*.yaml'))}
+    if args.name is None:
+        for name, path in recipes.items():
+            title = path.read_text(encoding='utf-8').partition('\n')[0].lstrip('# ')
+            print(f'{name:<32}{title}')
+        return 0
+    if args.name not in recipes:
+        raise CommandError(f'unknown recipe {args.name!r}; there are {", ".join(recipes)}')
+    if args.copy is None:
+        print(recipes[args.name])
+        return 0
+    target = args.copy / f'{args.name}.yaml' if args.copy.is_dir() else args.copy
+    try:
+        with open(target, 'x', encoding='utf-8') as f:
+            f.write(recipes[args.name].read_text(encoding='utf-8'))
+    except OSError as e:
+        raise CommandError(f'cannot write {target}: {e.strerror}') from e
+    print(target)
+    return 0
+
+
 def _positive(text: str) -> int:
     value = int(text) if text.isdecimal() else 0
     if value < 1:
@@ -164,6 +188,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument('--device', default='cpu', help='device to run on (default: %(default)s)')
     command.add_argument('--batch-size', type=_positive, default=64, metavar='N', help='default: %(default)s')
     command.set_defaults(run=_predict)
+
+    command = commands.add_parser('recipe', help="training recipes for timm's train.py --config", description=(
+        "Without a name, list the training recipes; with one, print the file's path for timm's train.py --config."))
+    command.add_argument('name', metavar='NAME', nargs='?')
+    command.add_argument('--copy', metavar='DEST', type=Path, help='copy it to a new file, or into a folder')
+    command.set_defaults(run=_recipe)
 
     command = commands.add_parser('verify', help='check the bundled weights against the manifest', description=(
         'Check size and sha256 of every bundled weights file. Exit status 1 if one is missing or differs.'))

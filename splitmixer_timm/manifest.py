@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple, Union
 
+from safetensors import SafetensorError, safe_open
 from timm.models import PretrainedCfg, resolve_pretrained_cfg
 from timm.models._hub import download_cached_file, download_from_hf
 
@@ -126,7 +127,8 @@ def checked_overlay(
         cache_dir: Where to keep downloads, timm's and huggingface_hub's own caches if None.
 
     Raises:
-        RuntimeError: If there are no weights, or the file is not the one in the manifest.
+        RuntimeError: If there are no weights, the file is not the one in the manifest, or one that the caller names is
+            damaged.
         FileNotFoundError: If the caller names a file that does not exist.
     """
     overlay = dict(pretrained_cfg_overlay or {})
@@ -143,6 +145,13 @@ def checked_overlay(
             check_file(cfg.file, name)
         elif not Path(cfg.file).is_file():
             raise FileNotFoundError(f'The weights file {cfg.file} given for {variant} does not exist.')
+        elif str(cfg.file).endswith('.safetensors'):
+            try:
+                with safe_open(cfg.file, framework='pt'):
+                    pass
+            except SafetensorError as e:
+                raise RuntimeError(
+                    f'The weights file {cfg.file} given for {variant} is truncated or not safetensors ({e}).') from e
     elif cfg.hf_hub_id or cfg.url:
         published = _published(name) if known else {}
         if published and all(getattr(cfg, key) == value for key, value in published.items()):

@@ -27,6 +27,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 from timm.models import load_state_dict
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from splitmixer_timm import manifest
 
@@ -53,6 +54,13 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_suffix(path.suffix + '.tmp')
     temporary.write_text(text, encoding='utf-8')
     temporary.replace(path)
+
+
+def planned_epochs(run_args: Dict[str, Any]) -> int:
+    """ Epochs of a run to its end, warm-up, cycles and cool-down included, as train.py has them from its scheduler."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=run_args['lr'] or 1.)
+    kwargs = scheduler_kwargs(argparse.Namespace(**run_args))
+    return create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=1000)[1]
 
 
 def convert(checkpoint: Path, target: Path, metadata: Dict[str, str]) -> Dict[str, torch.Tensor]:
@@ -92,7 +100,7 @@ def main() -> None:
     summary = (args.run_dir / 'summary.csv').read_text()
     epochs = len(list(csv.DictReader(summary.splitlines())))
     checkpoint = args.run_dir / 'last.pth.tar'
-    planned = run_args['epochs'] + run_args['cooldown_epochs'] + run_args['warmup_epochs'] * run_args['warmup_prefix']
+    planned = planned_epochs(run_args)
     if epochs != planned:
         parser.error(f'{args.run_dir} has {epochs} of {planned} epochs: train it to the end first')
     if args.name.partition('.')[0] != run_args['model'].partition('.')[0]:

@@ -1,0 +1,223 @@
+""" The command line, run as people run it. """
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import BASELINES, SPLITMIXERS
+from PIL import Image
+
+from splitmixer_timm import cli, manifest
+
+EXAMPLE = Path(__file__).parent / 'assets' / 'airplane.png'
+NAME = 'splitmixer_i_256_8.cifar10'
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    def run(*args, stdin=None):
+        if stdin is not None:
+            monkeypatch.setattr('sys.stdin', io.TextIOWrapper(io.BytesIO(stdin)))
+        try:
+            status = cli.main([str(arg) for arg in args])
+        except SystemExit as e:
+            status = e.code
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """ Three images of different kinds, one of them below another folder, and a file that is none."""
+    folder = tmp_path / 'images'
+    (folder / 'below').mkdir(parents=True)
+    shutil.copy(EXAMPLE, folder / 'a.png')
+    Image.open(EXAMPLE).convert('L').save(folder / 'b.jpg')
+    Image.open(EXAMPLE).convert('RGBA').save(folder / 'below' / 'c.WEBP')
+    (folder / 'notes.txt').write_text('no image')
+    return folder
+
+
+class TestEntryPoints:
+    @pytest.mark.parametrize('command', [[sys.executable, '-m', 'splitmixer_timm'], ['splitmixer-timm']])
+    def test_commands(self, command):
+        if command[0] == 'splitmixer-timm':
+            script = Path(sys.executable).with_name('splitmixer-timm')
+            if not script.is_file():
+                pytest.skip('splitmixer-timm is not installed beside this Python')
+            command = [str(script)]
+        done = subprocess.run([*command, 'list'], capture_output=True, text=True)
+        assert done.returncode == 0
+        assert done.stdout.split() == [*cli.ARCHITECTURES]
+        done = subprocess.run([*command, 'predict'], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert 'IMAGE' in done.stderr
+
+    def test_reader_that_goes_away(self):
+        """ `splitmixer-timm ... | head -0` ends without a traceback."""
+        process = subprocess.Popen(
+            [sys.executable, '-m', 'splitmixer_timm', 'list'], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process.stdout.close()
+        assert b'Traceback' not in process.stderr.read()
+        process.wait()
+        process.stderr.close()
+
+    def test_version(self, run):
+        status, out, _ = run('--version')
+        assert status == 0
+        assert out.startswith('splitmixer-timm ')
+
+
+class TestListAndInfo:
+    def test_list(self, run):
+        assert set(run('list')[1].split()) == {*SPLITMIXERS, *BASELINES}
+
+    def test_list_pretrained(self, run):
+        lines = run('list', '--pretrained')[1].splitlines()
+        assert [line.split()[0] for line in lines] == sorted(manifest.entries())
+        assert f'{manifest.entries()[NAME]["metrics"]["top1"]:.2f} %' in [x for x in lines if x.startswith(NAME)][0]
+
+    def test_info(self, run):
+        status, out, _ = run('info', 'splitmixer_i_256_8')
+        assert status == 0
+        for words in ('275,834', '65.219 M', '71.8 M', '3 x 32 x 32', 'cifar10: top-1', 'cifar100'):
+            assert words in out
+
+    def test_info_json(self, run):
+        info = json.loads(run('info', 'splitmixer_iv_256_8_ks7_p7.food101', '--json')[1])
+        assert (info['params'], info['num_classes']) == (373_605, 101)
+        assert info['input_size'] == [3, 224, 224]
+        assert info['arguments']['channel_mixing'] == 'iv'
+
+    @pytest.mark.parametrize(('name', 'words'), [
+        ('splitmixer_vi_256_8', 'unknown model'), ('splitmixer_i_256_8.mnist', 'it has cifar10, cifar100'),
+        ('resnet18', 'unknown model'),
+    ])
+    def test_unknown(self, run, name, words):
+        status, out, err = run('info', name)
+        assert (status, out) == (2, '')
+        assert words in err
+        assert err.count('\n') == 1
+
+
+class TestPredict:
+    def test_image(self, run):
+        status, out, err = run('predict', EXAMPLE)
+        lines = out.splitlines()
+        assert (status, lines[0], len(lines)) == (0, str(EXAMPLE), 4)
+        assert lines[1].split()[1] == 'airplane'
+        assert err == ''
+
+    def test_json(self, run):
+        status, out, _ = run('predict', EXAMPLE, '--json', '--topk', 99, '--model', NAME)
+        answer = json.loads(out)
+        assert (status, answer['model']) == (0, NAME)
+        predictions = answer['images'][0]['predictions']
+        assert [p['label'] for p in predictions][0] == 'airplane'
+        assert len(predictions) == 10
+        assert sum(p['probability'] for p in predictions) == pytest.approx(1, abs=1e-4)
+        assert all(manifest.label_names('cifar10')[p['index']] == p['label'] for p in predictions)
+
+    @pytest.mark.parametrize('batch_size', [1, 2, 64])
+    def test_folder(self, run, folder, batch_size):
+        _, out, _ = run('predict', folder, '--json', '--batch-size', batch_size)
+        names = [Path(image['image']).name for image in json.loads(out)['images']]
+        assert names == ['a.png', 'b.jpg', 'c.WEBP']
+
+    def test_batches_do_not_mix(self, run, folder):
+        alone = json.loads(run('predict', folder / 'b.jpg', '--json')[1])['images'][0]['predictions']
+        among = json.loads(run('predict', folder, '--json')[1])['images'][1]['predictions']
+        assert [p['label'] for p in among] == [p['label'] for p in alone]
+        assert among[0]['probability'] == pytest.approx(alone[0]['probability'], abs=1e-4)
+
+    def test_stdin_image(self, run):
+        status, out, _ = run('predict', '-', stdin=EXAMPLE.read_bytes())
+        assert (status, out.splitlines()[0]) == (0, '<stdin>')
+        assert 'airplane' in out.splitlines()[1]
+
+    def test_stdin_paths(self, run, folder):
+        status, out, _ = run('predict', '-', '--topk', 1, stdin=f'{folder / "a.png"}\n\n{folder / "below"}\n'.encode())
+        assert status == 0
+        assert out.splitlines()[::2] == [str(folder / 'a.png'), str(folder / 'below' / 'c.WEBP')]
+
+    @pytest.mark.parametrize('data', [b'', b'\x00\xff\x00', b'\x89PNG broken \xff'])
+    def test_stdin_neither(self, run, data):
+        status, _, err = run('predict', '-', stdin=data)
+        assert status == 2
+        assert 'standard input must hold' in err
+
+    def test_others_are_answered_all_the_same(self, run, folder):
+        broken = folder / 'broken.png'
+        broken.write_bytes(EXAMPLE.read_bytes()[:400])
+        images = ['nowhere.png', folder / 'a.png', broken, folder / 'notes.txt', folder / 'b.jpg']
+        status, out, err = run('predict', *images)
+        assert status == 1
+        assert [line for line in out.splitlines() if not line.startswith(' ')] == \
+            [str(folder / 'a.png'), str(folder / 'b.jpg')]
+        errors = err.splitlines()
+        assert len(errors) == 3
+        assert errors[0].endswith('nowhere.png: no such file')
+        assert 'broken.png' in errors[1]
+        assert errors[2].endswith('notes.txt: not a readable image')
+
+    def test_errors_in_json(self, run):
+        status, out, _ = run('predict', 'nowhere.png', EXAMPLE, '--json')
+        images = json.loads(out)['images']
+        assert status == 1
+        assert images[0] == {'image': 'nowhere.png', 'error': 'no such file'}
+        assert images[1]['predictions'][0]['label'] == 'airplane'
+
+    def test_turned_photo(self, run, tmp_path):
+        """ A photo that its EXIF data says is turned is seen upright."""
+        upright = Image.open(EXAMPLE).convert('RGB')
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / 'turned.png', exif=exif)
+        upright.save(tmp_path / 'upright.png')
+        turned, expected = json.loads(run('predict', tmp_path, '--json')[1])['images']
+        assert turned['predictions'] == expected['predictions']
+
+    @pytest.mark.parametrize(('args', 'words'), [
+        (['--model', 'splitmixer_3d_256_8'], 'No pretrained weights exist for splitmixer_3d_256_8.cifar10'),
+        (['--model', 'nonesuch'], "unknown model 'nonesuch'"),
+        (['--model', 'splitmixer_i_256_8.mnist'], 'mnist'),
+        (['--model', 'local-dir:nowhere'], 'nowhere'),
+        (['--topk', '0'], 'at least 1'),
+        (['--device', 'warp'], 'warp'),
+    ])
+    def test_bad_requests(self, run, args, words):
+        status, out, err = run('predict', EXAMPLE, *args)
+        assert (status, out) == (2, '')
+        assert words in err
+        assert 'Traceback' not in err
+
+    def test_empty_folder(self, run, tmp_path):
+        status, _, err = run('predict', tmp_path)
+        assert status == 2
+        assert 'no image found' in err
+
+
+class TestVerify:
+    def test_bundled(self, run):
+        status, out, _ = run('verify')
+        assert status == 0
+        assert [line.split()[:2] for line in out.splitlines()] == [['ok', name] for name in sorted(manifest.entries())]
+
+    def test_damage(self, run, tmp_path, monkeypatch):
+        source = manifest.WEIGHTS_DIR
+        monkeypatch.setattr(manifest, 'WEIGHTS_DIR', tmp_path)
+        status, out, _ = run('verify')
+        assert status == 1
+        assert out.startswith('missing')
+        file = manifest.entries()[NAME]['file']
+        (tmp_path / file).write_bytes((source / file).read_bytes()[:-1])
+        (tmp_path / 'stray.safetensors').write_bytes(b'')
+        status, out, _ = run('verify')
+        assert status == 1
+        assert f'FAILED  Weights of {NAME} refused' in out.replace(f'FAILED  {NAME}  Weights', 'FAILED  Weights')
+        assert 'stray.safetensors  not in the manifest' in out

@@ -1,0 +1,49 @@
+""" README, model card and CI say what is so. """
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / 'README.md').read_text(encoding='utf-8')
+BLOCKS = re.findall(r'```(\w+)\n(.*?)```', README, re.DOTALL)
+
+
+def test_tables_are_fresh():
+    done = subprocess.run(
+        [sys.executable, ROOT / 'benchmarks' / 'report.py', '--check'], capture_output=True, text=True)
+    assert done.returncode == 0, f'{done.stdout}{done.stderr}run benchmarks/report.py'
+
+
+@pytest.mark.parametrize('code', [code for language, code in BLOCKS if language == 'python'])
+def test_python_examples(code, tmp_path):
+    if 'published.pth' in code:
+        import reference
+        import torch
+        torch.save(reference.Package('i', 256, 8).state_dict(), tmp_path / 'published.pth')
+        code = 'import timm, splitmixer_timm\n' + code.replace('published.pth', str(tmp_path / 'published.pth'))
+    elif 'import' not in code:
+        code = 'import timm, splitmixer_timm\n' + code
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    if 'label_names' in code:
+        assert done.stdout.startswith('airplane ')
+
+
+def test_ci_runs_the_readme():
+    """ The first two shell blocks, set-up and main job, then set-up and tests, are what .ci/run takes from here."""
+    shell = [code.strip() for language, code in BLOCKS if language == 'bash']
+    assert 'pip install .' in shell[0]
+    assert 'splitmixer-timm predict' in shell[0]
+    assert shell[1].endswith('-m pytest')
+    assert 'README.md' in (ROOT / '.ci' / 'run').read_text()
+
+
+def test_links():
+    for document in ('README.md', 'MODEL_CARD.md'):
+        text = (ROOT / document).read_text(encoding='utf-8')
+        for target in re.findall(r'\]\((?!https?:)([^)#]+)\)', text):
+            assert (ROOT / target).exists(), f'{document} links to {target}'
+    for path in re.findall(r'`((?:splitmixer_timm|weights|benchmarks|tests)/[\w./]+)`', README):
+        assert (ROOT / path).exists(), path

@@ -1,0 +1,299 @@
+""" The manifest and its weights: bundled, published, damaged, absent. """
+import hashlib
+import http.server
+import json
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from conftest import BASELINES, SPLITMIXERS
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from timm.data import create_transform, resolve_model_data_config
+from timm.models import get_pretrained_cfg
+
+from splitmixer_timm import manifest
+
+NAME = 'splitmixer_i_256_8.cifar10'
+ENTRIES = sorted(manifest.entries())
+
+
+class TestManifest:
+    """ Every entry is complete and true."""
+
+    def test_has_the_first_weights(self):
+        assert NAME in ENTRIES
+
+    @pytest.mark.parametrize('name', ENTRIES)
+    def test_entry(self, name):
+        entry = manifest.entries()[name]
+        arch = name.partition('.')[0]
+        assert arch in [*SPLITMIXERS, *BASELINES]
+        model = timm.create_model(name, device='meta')
+        assert entry['params'] == sum(p.numel() for p in model.parameters())
+        assert model.num_classes == len(manifest.label_names(entry['dataset']))
+        metrics = entry['metrics']
+        assert 0 < metrics['top1'] < metrics['top5'] <= 100
+        assert metrics['images'] == {'flowers102': 6149}.get(entry['dataset'], 10_000)
+        assert entry['license']
+        training = entry['training']
+        assert {'recipe', 'epochs', 'seed', 'machine', 'torch', 'timm', 'date', 'args', 'summary'} <= training.keys()
+
+    @pytest.mark.parametrize('name', ENTRIES)
+    def test_run_is_kept(self, name):
+        training = manifest.entries()[name]['training']
+        args = yaml.safe_load((manifest.WEIGHTS_DIR / training['args']).read_text())
+        assert args['model'].partition('.')[0] == name.partition('.')[0]
+        assert args['seed'] == training['seed']
+        assert not [v for v in args.values() if isinstance(v, str) and v.startswith(('/', '~', '..'))]
+        summary = (manifest.WEIGHTS_DIR / training['summary']).read_text().splitlines()
+        assert len(summary) == training['epochs'] + 1
+
+    @pytest.mark.parametrize('name', ENTRIES)
+    def test_bundled_file(self, name):
+        path = manifest.bundled_file(name)
+        if path is None:
+            assert manifest.source_cfg(name), f'{name} is neither bundled nor published'
+            return
+        manifest.check_file(path, name)
+        with safe_open(path, 'pt') as f:
+            assert f.metadata()['format'] == 'pt'
+            assert set(f.keys()) == timm.create_model(name, device='meta').state_dict().keys()
+
+    def test_nothing_unlisted(self):
+        listed = {entry['file'] for entry in manifest.entries().values()}
+        assert {path.name for path in manifest.WEIGHTS_DIR.glob('*.safetensors')} <= listed
+        assert not [p for p in manifest.WEIGHTS_DIR.rglob('*') if p.suffix in ('.pth', '.pt', '.bin', '.pkl', '.tar')]
+
+
+class TestPretrained:
+    def test_bundled_weights_load(self):
+        model = timm.create_model('splitmixer_i_256_8', pretrained=True)
+        expected = load_file(manifest.bundled_file(NAME))
+        assert model.num_classes == 10
+        assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
+
+    def test_listed_as_pretrained(self):
+        assert NAME in timm.list_pretrained('splitmixer*')
+        assert timm.models.is_model_pretrained('splitmixer_i_256_8')
+        assert set(timm.list_pretrained('*mixer_*256_8*')) == set(ENTRIES)
+
+    @pytest.mark.parametrize('in_chans', [1, 3, 4])
+    def test_adapted(self, in_chans):
+        model = timm.create_model('splitmixer_i_256_8', pretrained=True, in_chans=in_chans, num_classes=5)
+        weights = load_file(manifest.bundled_file(NAME))
+        assert torch.equal(model.blocks[7].spatial_mixing.conv2.weight,
+                           weights['blocks.7.spatial_mixing.conv2.weight'])
+        assert model(torch.randn(2, in_chans, 32, 32)).shape == (2, 5)
+
+    def test_features(self):
+        model = timm.create_model(NAME, pretrained=True, features_only=True, out_indices=(0, 7))
+        assert [f.shape for f in model(torch.randn(1, 3, 32, 32))] == [(1, 256, 16, 16)] * 2
+
+    def test_classifies_the_example(self):
+        from PIL import Image
+        model = timm.create_model(NAME, pretrained=True).eval()
+        transform = create_transform(**resolve_model_data_config(model))
+        image = Image.open(Path(__file__).parent / 'assets' / 'airplane.png').convert('RGB')
+        with torch.no_grad():
+            top = model(transform(image)[None]).argmax().item()
+        assert model.pretrained_cfg['label_names'][top] == 'airplane'
+
+    @pytest.mark.parametrize('name', ['splitmixer_3d_256_8', 'splitmixer_i_1536_20.in1k', 'convmixer_256_8.cifar100'])
+    def test_none(self, name):
+        with pytest.raises(RuntimeError) as error:
+            timm.create_model(name, pretrained=True)
+        assert f'No pretrained weights exist for {name}' in str(error.value)
+        assert all(entry in str(error.value) for entry in ENTRIES)
+
+
+@pytest.fixture
+def zoo(tmp_path, monkeypatch):
+    """ A weights folder of its own, with a narrow model for the tag of the first weights."""
+    weights_dir = tmp_path / 'weights'
+    weights_dir.mkdir()
+    state_dict = timm.create_model('splitmixer_i_256_8', dim=16, depth=2).state_dict()
+    save_file(state_dict, weights_dir / 'w.safetensors')
+    content = (weights_dir / 'w.safetensors').read_bytes()
+    entry = dict(
+        file='w.safetensors', bytes=len(content), sha256=hashlib.sha256(content).hexdigest(), dataset='cifar10')
+    data = dict(hf_hub_org='', base_url='', models={NAME: entry})
+    monkeypatch.setattr(manifest, 'WEIGHTS_DIR', weights_dir)
+    monkeypatch.setattr(manifest, 'load_manifest', lambda: data)
+
+    class Zoo:
+        path = weights_dir / 'w.safetensors'
+        file = tmp_path / 'published.safetensors'
+
+        def publish(self, **where):
+            """ Move the file away from the bundle; it is to be had elsewhere."""
+            shutil.move(self.path, self.file)
+            (entry if 'url' in where or 'hf_hub_id' in where else data).update(where)
+
+        def create(self, **kwargs):
+            cfg = dict(get_pretrained_cfg(NAME).to_dict(), file=None, url=None, hf_hub_id=None)
+            return timm.create_model(
+                'splitmixer_i_256_8', pretrained=True, dim=16, depth=2,
+                pretrained_cfg={**cfg, **manifest.source_cfg(NAME)}, **kwargs)
+
+        def check(self, model):
+            assert all(torch.equal(v, state_dict[k]) for k, v in model.state_dict().items())
+
+    zoo = Zoo()
+    zoo.entry, zoo.data = entry, data
+    return zoo
+
+
+@pytest.fixture
+def server(tmp_path):
+    """ An HTTP server on loopback that serves `tmp_path` and counts requests."""
+    requests = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=tmp_path)
+
+        def log_message(self, *args):
+            requests.append(self.path)
+
+    httpd = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    thread = threading.Thread(target=httpd.serve_forever)
+    thread.start()
+    httpd.requests = requests
+    httpd.url = f'http://127.0.0.1:{httpd.server_port}'
+    yield httpd
+    httpd.shutdown()
+    thread.join()
+    httpd.server_close()
+
+
+class TestDamaged:
+    """ A file that is not the manifest's is never loaded."""
+
+    def test_intact(self, zoo):
+        zoo.check(zoo.create())
+
+    def test_truncated(self, zoo):
+        zoo.path.write_bytes(zoo.path.read_bytes()[:-100])
+        with pytest.raises(RuntimeError, match=f'{NAME} refused.*truncated'):
+            zoo.create()
+
+    def test_changed_byte(self, zoo):
+        content = bytearray(zoo.path.read_bytes())
+        content[-1] ^= 1
+        zoo.path.write_bytes(content)
+        with pytest.raises(RuntimeError, match=f'{NAME} refused.*sha256'):
+            zoo.create()
+
+    def test_missing_and_unpublished(self, zoo):
+        zoo.path.unlink()
+        with pytest.raises(RuntimeError, match='No pretrained weights'):
+            zoo.create()
+
+    def test_own_file_is_truncated(self, zoo, tmp_path):
+        path = tmp_path / 'own.safetensors'
+        path.write_bytes(zoo.path.read_bytes()[:-100])
+        with pytest.raises(RuntimeError, match='own.safetensors.*truncated'):
+            zoo.create(pretrained_cfg_overlay=dict(file=str(path)))
+
+    def test_own_file_is_missing(self, zoo):
+        with pytest.raises(FileNotFoundError, match='nowhere.safetensors'):
+            zoo.create(pretrained_cfg_overlay=dict(file='nowhere.safetensors'))
+
+    def test_manifest_is_broken(self, tmp_path, monkeypatch):
+        (tmp_path / 'manifest.json').write_text('{"models": ')
+        monkeypatch.setattr(manifest, 'WEIGHTS_DIR', tmp_path)
+        with pytest.raises(RuntimeError, match='not a readable weights manifest'):
+            manifest.load_manifest.__wrapped__()
+
+
+class TestPublished:
+    """ Where no file is bundled, the published one is fetched once, checked, then loaded."""
+
+    @pytest.mark.parametrize('how', ['url', 'base_url'])
+    def test_url(self, zoo, server, tmp_path, how):
+        zoo.publish(**{how: server.url + ('/published.safetensors' if how == 'url' else '/files/')})
+        (tmp_path / 'files').mkdir()
+        shutil.copy(zoo.file, tmp_path / 'files' / 'w.safetensors')
+        for _ in range(2):
+            zoo.check(zoo.create(cache_dir=tmp_path / 'cache'))
+        assert len(server.requests) == 1
+        assert len(list((tmp_path / 'cache').iterdir())) == 1
+
+    def test_url_serves_another_file(self, zoo, server, tmp_path):
+        zoo.publish(url=f'{server.url}/published.safetensors')
+        zoo.file.write_bytes(zoo.file.read_bytes() + b'more')
+        with pytest.raises(RuntimeError, match='hash'):
+            zoo.create(cache_dir=tmp_path / 'cache')
+        assert not list((tmp_path / 'cache').iterdir())
+
+    def test_cache_is_damaged(self, zoo, server, tmp_path):
+        zoo.publish(url=f'{server.url}/published.safetensors')
+        zoo.create(cache_dir=tmp_path / 'cache')
+        cached = next((tmp_path / 'cache').iterdir())
+        cached.write_bytes(cached.read_bytes()[:-1])
+        with pytest.raises(RuntimeError, match=f'{NAME} refused.*Delete it'):
+            zoo.create(cache_dir=tmp_path / 'cache')
+
+    def test_unreachable(self, zoo, tmp_path):
+        zoo.publish(url='http://127.0.0.1:9/published.safetensors')
+        with pytest.raises(OSError, match='.'):
+            zoo.create(cache_dir=tmp_path / 'cache')
+        assert not [p for p in (tmp_path / 'cache').rglob('*') if p.is_file()]
+
+    @pytest.mark.parametrize(('where', 'expected'), [
+        (dict(hf_hub_org='zoo'), f'zoo/{NAME}'),
+        (dict(hf_hub_id='me/mine'), 'me/mine'),
+        (dict(hf_hub_id='me/mine', revision='v2'), 'me/mine@v2'),
+    ])
+    def test_hub(self, zoo, where, expected, monkeypatch, tmp_path):
+        asked = []
+
+        def download_from_hf(model_id, filename, cache_dir=None):
+            asked.append((model_id, filename, cache_dir))
+            return str(zoo.file)
+
+        monkeypatch.setattr(manifest, 'download_from_hf', download_from_hf)
+        zoo.publish(**where)
+        zoo.check(zoo.create(cache_dir=tmp_path))
+        assert asked == [(expected, 'model.safetensors', tmp_path)]
+        zoo.file.write_bytes(zoo.file.read_bytes()[:-1])
+        with pytest.raises(RuntimeError, match='refused'):
+            zoo.create(cache_dir=tmp_path)
+
+    def test_bundled_comes_first(self, zoo):
+        zoo.entry['url'] = 'http://127.0.0.1:9/never-asked'
+        zoo.check(zoo.create())
+
+    def test_callers_own_place_comes_before_the_bundled(self, zoo, server, tmp_path):
+        """ A URL in the overlay is what the caller wants, though timm would prefer the cfg's file."""
+        other = {k: v + 1 if v.is_floating_point() else v for k, v in load_file(zoo.path).items()}
+        save_file(other, tmp_path / 'mine.safetensors')
+        model = zoo.create(
+            pretrained_cfg_overlay=dict(file=str(tmp_path / 'mine.safetensors')), cache_dir=tmp_path / 'cache')
+        assert torch.equal(model.head.bias, other['head.bias'])
+        torch.save(other, tmp_path / 'mine.pth')
+        model = zoo.create(
+            pretrained_cfg_overlay=dict(url=f'{server.url}/mine.pth'), cache_dir=tmp_path / 'cache')
+        assert torch.equal(model.head.bias, other['head.bias'])
+
+
+class TestLocalDirAndStateDict:
+    def test_local_dir(self, tmp_path):
+        """ timm's own way to keep a model in a folder works with ours."""
+        model = timm.create_model('splitmixer_iv_256_8', depth=2, num_segments=4, num_classes=6).eval()
+        timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+        assert json.loads((tmp_path / 'config.json').read_text())['architecture'] == 'splitmixer_iv_256_8'
+        loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+        x = torch.randn(1, 3, 32, 32)
+        assert torch.equal(loaded(x), model(x))
+
+    def test_state_dict(self):
+        source = timm.create_model('splitmixer_ii_256_8')
+        model = timm.create_model(
+            'splitmixer_ii_256_8', pretrained=True, pretrained_cfg_overlay=dict(state_dict=source.state_dict()))
+        assert all(torch.equal(v, source.state_dict()[k]) for k, v in model.state_dict().items())
