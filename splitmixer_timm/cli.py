@@ -14,6 +14,7 @@ from . import __version__, convmixer, manifest, splitmixer
 
 ARCHITECTURES = {**splitmixer.VARIANTS, **convmixer.VARIANTS}
 RECIPES_DIR = Path(__file__).resolve().parent / 'recipes'
+TOLERANCE = 0.05  # points of top-1 that two measurements of the same weights may differ by
 DEFAULT_MODEL = 'splitmixer_i_256_8.cifar10'
 
 
@@ -91,8 +92,8 @@ def _predict(args: argparse.Namespace) -> int:
         raise CommandError(f'no image found in {", ".join(args.images)}')
     try:
         classifier = Classifier(model_name, args.device)
-    except (AssertionError, OSError, RuntimeError, ValueError) as e:
-        raise CommandError(str(e)) from e
+    except Exception as e:  # whatever a model from elsewhere has amiss (its config, its file, its place)
+        raise CommandError(f'cannot load {model_name}: {e or type(e).__name__}') from e
 
     failures = 0
     answers: List[Dict[str, Any]] = []
@@ -120,6 +121,9 @@ def _verify(args: argparse.Namespace) -> int:
             manifest.check_file(path, name)
             print(f'ok      {name}  {entry["bytes"]:,} bytes  sha256 {entry["sha256"][:16]}...')
         except FileNotFoundError:
+            if manifest.published(name):
+                print(f'absent  {name}  not bundled, downloaded where it is asked for')
+                continue
             failures += 1
             print(f'missing {name}  {path}')
         except (OSError, RuntimeError) as e:
@@ -130,7 +134,35 @@ def _verify(args: argparse.Namespace) -> int:
         if path.name not in listed:
             failures += 1
             print(f'FAILED  {path.name}  not in the manifest')
+    if args.data is not None and not failures:
+        failures = _verify_accuracy(args)
     return 1 if failures else 0
+
+
+def _verify_accuracy(args: argparse.Namespace) -> int:
+    """ Measure every model of the manifest whose data set is there; the number of those that fell short of it."""
+    from .evaluate import evaluate
+
+    found = {name: args.data / entry['dataset'] / 'validation' for name, entry in sorted(manifest.entries().items())}
+    if not any(folder.is_dir() for folder in found.values()):
+        wanted = ', '.join(sorted({str(folder) for folder in found.values()}))
+        raise CommandError(f'no test set found: --data must name a folder with one of {wanted}')
+    failures = 0
+    for name, folder in found.items():
+        if not folder.is_dir():
+            print(f'skipped {name}  no {folder}')
+            continue
+        expected = manifest.entries()[name]['metrics']
+        try:
+            measured = evaluate(name, folder, args.device, args.batch_size)
+        except (RuntimeError, ValueError) as e:
+            raise CommandError(str(e)) from e
+        agrees = measured.images == expected['images'] and abs(measured.top1 - expected['top1']) <= TOLERANCE
+        failures += not agrees
+        status = 'ok     ' if agrees else 'FAILED '
+        print(f'{status} {name}  top-1 {measured.top1:.2f} % of {measured.images:,} images, '
+              f'manifest {expected["top1"]:.2f} % of {expected["images"]:,}')
+    return failures
 
 
 def _recipe(args: argparse.Namespace) -> int:
@@ -196,7 +228,13 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_recipe)
 
     command = commands.add_parser('verify', help='check the bundled weights against the manifest', description=(
-        'Check size and sha256 of every bundled weights file. Exit status 1 if one is missing or differs.'))
+        'Check size and sha256 of every bundled weights file, and with --data also their accuracy on the official test '
+        'sets. Exit status 1 if one is missing or differs.'))
+    command.add_argument(
+        '--data', metavar='DIR', type=Path,
+        help='folder with the test sets as image folders, DIR/cifar10/validation/CLASS and so on')
+    command.add_argument('--device', default='cpu', help='device to measure on (default: %(default)s)')
+    command.add_argument('--batch-size', type=_positive, default=200, metavar='N', help='default: %(default)s')
     command.set_defaults(run=_verify)
     return parser
 
@@ -209,7 +247,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     """
     args = _parser().parse_args(argv)
     try:
-        return args.run(args)
+        status = args.run(args)
+        sys.stdout.flush()
+        return status
     except CommandError as e:
         print(f'splitmixer-timm: error: {e}', file=sys.stderr)
         return 2

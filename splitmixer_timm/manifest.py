@@ -21,6 +21,7 @@ WEIGHTS_DIR = next(
     _PACKAGE_DIR / 'weights',
 )
 HUB_FILENAME = 'model.safetensors'
+_SOURCES = ('file', 'url', 'hf_hub_id', 'state_dict')
 
 
 @cache
@@ -63,7 +64,7 @@ def bundled_file(name: str) -> Optional[Path]:
     return path if path is not None and path.is_file() else None
 
 
-def _published(name: str) -> Dict[str, Any]:
+def published(name: str) -> Dict[str, Any]:
     """ Where the weights of 'arch.tag' are published, as fields of a `PretrainedCfg`, empty if nowhere."""
     manifest, entry = load_manifest(), entries()[name]
     hub_id = entry.get('hf_hub_id') or (f'{manifest["hf_hub_org"]}/{name}' if manifest.get('hf_hub_org') else None)
@@ -80,7 +81,7 @@ def source_cfg(name: str) -> Dict[str, Any]:
     if name not in entries():
         return {}
     path = bundled_file(name)
-    return dict(file=str(path)) if path else _published(name)
+    return dict(file=str(path)) if path else published(name)
 
 
 def check_file(path: Union[str, Path], name: str) -> None:
@@ -104,7 +105,7 @@ def check_file(path: Union[str, Path], name: str) -> None:
 
 def _download(name: str, cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]]) -> str:
     if cfg.hf_hub_id:
-        return download_from_hf(cfg.hf_hub_id, cfg.hf_hub_filename or HUB_FILENAME, cache_dir=cache_dir)
+        return download_from_hf(cfg.hf_hub_id, HUB_FILENAME, cache_dir=cache_dir)
     # a hash in the file's name keeps releases apart in the cache, and timm drops a download that does not match it
     filename = f'{name}-{entries()[name]["sha256"][:16]}.safetensors'
     return download_cached_file((cfg.url, filename), check_hash=True, progress=True, cache_dir=cache_dir)
@@ -132,8 +133,9 @@ def checked_overlay(
         FileNotFoundError: If the caller names a file that does not exist.
     """
     overlay = dict(pretrained_cfg_overlay or {})
-    if 'file' not in overlay and (overlay.get('url') or overlay.get('hf_hub_id')):
-        overlay['file'] = None  # timm prefers a file, the caller asked for another place
+    if any(overlay.get(source) for source in _SOURCES):
+        # the caller says where from: no other place that the cfg knows may come before it
+        overlay = {**dict.fromkeys(_SOURCES), **overlay}
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
     if cfg.source in ('hf-hub', 'local-dir') or cfg.state_dict:
         return overlay
@@ -153,8 +155,8 @@ def checked_overlay(
                 raise RuntimeError(
                     f'The weights file {cfg.file} given for {variant} is truncated or not safetensors ({e}).') from e
     elif cfg.hf_hub_id or cfg.url:
-        published = _published(name) if known else {}
-        if published and all(getattr(cfg, key) == value for key, value in published.items()):
+        place = {k: v for k in ('hf_hub_id', 'hf_hub_filename', 'url') if (v := getattr(cfg, k))}
+        if known and place == published(name):
             path = _download(name, cfg, cache_dir)
             check_file(path, name)
             overlay['file'] = path

@@ -1,5 +1,6 @@
 """ Classify images with a model of the zoo, or any of timm's. """
 import io
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Iterable, Iterator, List, Optional, Tuple, Union
@@ -29,7 +30,7 @@ def find_images(paths: Iterable[Union[str, Path]]) -> Iterator[Path]:
     A path that does not exist is passed on, so that opening it names it.
     """
     for path in map(Path, paths):
-        if path.is_dir():
+        if os.path.isdir(path):  # where Path.is_dir raises on a path that cannot be looked at
             yield from sorted(p for p in path.rglob('*') if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
         else:
             yield path
@@ -47,6 +48,8 @@ def read_stdin(stream: BinaryIO) -> List[ImageSource]:
         return [data]
     except OSError:
         pass
+    except Exception:  # an image, if one that Pillow will not decode
+        return [data]
     try:
         lines = [line for line in data.decode('utf-8').splitlines() if line.strip()]
     except UnicodeDecodeError:
@@ -80,6 +83,7 @@ class Classifier:
 
     Raises:
         RuntimeError: If there is no such model or it has no weights.
+        ValueError: If it does not take RGB images.
     """
 
     def __init__(self, model_name: str, device: Union[str, torch.device] = 'cpu'):
@@ -87,10 +91,14 @@ class Classifier:
         self.model = create_model(model_name, pretrained=True).to(self.device).eval()
         self.transform = create_transform(**resolve_model_data_config(self.model), is_training=False)
         cfg = self.model.pretrained_cfg
+        if cfg.get('input_size', (3,))[0] != 3:
+            raise ValueError(f'{model_name} takes images of {cfg["input_size"][0]} channels, not RGB.')
         labels = cfg.get('label_names')
         # names of other classes than the model's would be worse than none
-        self.labels: Optional[Tuple[str, ...]] = labels if labels and len(labels) == self.model.num_classes else None
-        self.name = '.'.join(filter(None, (cfg.get('architecture'), cfg.get('tag')))) or model_name
+        fits = isinstance(labels, (list, tuple)) and len(labels) == self.model.num_classes
+        self.labels: Optional[Tuple[str, ...]] = tuple(labels) if fits else None
+        # a model from elsewhere may carry the tag of what it was fine-tuned from
+        self.name = model_name if ':' in model_name else f'{cfg["architecture"]}.{cfg["tag"]}'
 
     @torch.inference_mode()
     def __call__(self, inputs: List[torch.Tensor], topk: int = 5) -> List[List[Prediction]]:

@@ -131,24 +131,6 @@ def _resolve_norm_layer(norm_layer: Union[str, Callable[..., nn.Module]]) -> Cal
     return layer
 
 
-class Stem(nn.Sequential):
-    """ Patch embedding: convolution, activation, norm. Refuses images that the convolution cannot take."""
-
-    def __init__(self, in_chans: int, patch_size: int, *layers: nn.Module):
-        super().__init__(*layers)
-        self.in_chans = in_chans
-        self.patch_size = patch_size
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        channels, height, width, patch = x.shape[1], x.shape[2], x.shape[3], self.patch_size
-        _assert(channels == self.in_chans, f'Input must have in_chans={self.in_chans} channels, got {channels}.')
-        _assert(height >= patch, f'Input height must be at least patch_size={patch}, got {height}.')
-        _assert(width >= patch, f'Input width must be at least patch_size={patch}, got {width}.')
-        for layer in self:
-            x = layer(x)
-        return x
-
-
 class SegmentMixing(nn.Module):
     """ Pointwise convolution of the channels [start, stop), the others pass unchanged (types I, II and, over all
     channels, full)."""
@@ -447,15 +429,14 @@ class SplitMixer(nn.Module):
 
         self.num_classes = num_classes
         self.in_chans = in_chans
+        self.patch_size = patch_size
         self.num_features = dim
         self.grad_checkpointing = False
 
         def act_norm() -> Tuple[nn.Module, nn.Module]:
             return act_layer().to(**dd), norm_layer(dim, **dd)
 
-        self.stem = Stem(
-            in_chans,
-            patch_size,
+        self.stem = nn.Sequential(
             nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_stride, **dd),
             *act_norm(),
         )
@@ -515,6 +496,12 @@ class SplitMixer(nn.Module):
         self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.head.train(self.training)
 
+    def _check_input(self, x: torch.Tensor) -> None:
+        channels, height, width, patch = x.shape[1], x.shape[2], x.shape[3], self.patch_size
+        _assert(channels == self.in_chans, f'Input must have in_chans={self.in_chans} channels, got {channels}.')
+        _assert(height >= patch, f'Input height must be at least patch_size={patch}, got {height}.')
+        _assert(width >= patch, f'Input width must be at least patch_size={patch}, got {width}.')
+
     def forward_intermediates(
             self,
             x: torch.Tensor,
@@ -541,6 +528,7 @@ class SplitMixer(nn.Module):
         intermediates = []
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
 
+        self._check_input(x)
         x = self.stem(x)
         if torch.jit.is_scripting() or not stop_early:  # can't slice blocks in torchscript
             blocks = self.blocks
@@ -583,6 +571,7 @@ class SplitMixer(nn.Module):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """ Images (N, in_chans, H, W) to features (N, dim, H / stride, W / stride)."""
+        self._check_input(x)
         x = self.stem(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             x = checkpoint_seq(self.blocks, x)
@@ -667,11 +656,11 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     depth = len(model.blocks)
     mixer = getattr(model.blocks[0].channel_mixing, 'mixer', None)
     is_full = isinstance(mixer, SegmentMixing) and mixer.is_first and mixer.is_last
-    names = list(dict.fromkeys(key.rpartition('.')[0] for key in model.state_dict()))
+    names = list(dict.fromkeys([*(key.rpartition('.')[0] for key in model.state_dict()), 'head']))
     candidates = [{name: name for name in names}]
     candidates += [{_module_in_layout(name, layout, depth, is_full): name for name in names}
                    for layout in _LAYOUTS.values()]
-    given = {key.rpartition('.')[0] for key in state_dict}
+    given = {key.rpartition('.')[0] or key for key in state_dict}
     renames = max(candidates, key=lambda candidate: len(given & candidate.keys()))
 
     # the classifier may differ, timm drops it where the number of classes does
@@ -722,7 +711,8 @@ def _cfg(name: str, dataset: str, patch_size: int, **kwargs) -> Dict[str, Any]:
         **cfg,
         'pool_size': tuple(size // patch_size for size in cfg['input_size'][1:]),
         'label_names': manifest.label_names(dataset),
-        'first_conv': 'stem.0', 'classifier': 'head', 'license': 'apache-2.0',
+        'first_conv': 'stem.0', 'classifier': 'head',
+        'license': manifest.entries().get(name, {}).get('license', 'apache-2.0'),
         'paper_ids': 'arXiv:2207.10255', 'paper_name': 'SplitMixer: Fat Trimmed From MLP-like Models',
         'origin_url': 'https://arxiv.org/abs/2207.10255',
         **manifest.source_cfg(name),

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 from conftest import BASELINES, SPLITMIXERS
 from PIL import Image
 
@@ -63,9 +64,9 @@ class TestEntryPoints:
         process = subprocess.Popen(
             [sys.executable, '-m', 'splitmixer_timm', 'list'], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         process.stdout.close()
-        assert b'Traceback' not in process.stderr.read()
-        process.wait()
-        process.stderr.close()
+        with process.stderr:
+            assert process.stderr.read() == b''
+        assert process.wait() == 1
 
     def test_version(self, run):
         status, out, _ = run('--version')
@@ -165,6 +166,20 @@ class TestPredict:
         assert 'broken.png' in errors[1]
         assert errors[2].endswith('notes.txt: not a readable image')
 
+    def test_paths_that_cannot_be_looked_at(self, run):
+        images = ['x' * 300 + '.png', EXAMPLE]
+        status, out, err = run('predict', *images)
+        assert status == 1
+        assert out.startswith(str(EXAMPLE))
+        assert 'too long' in err
+
+    def test_image_too_large_to_decode(self, run, monkeypatch):
+        monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1000)
+        for args, stdin in (([EXAMPLE], None), (['-'], EXAMPLE.read_bytes())):
+            status, out, err = run('predict', *args, stdin=stdin)
+            assert (status, out) == (1, '')
+            assert 'DecompressionBomb' in err
+
     def test_errors_in_json(self, run):
         status, out, _ = run('predict', 'nowhere.png', EXAMPLE, '--json')
         images = json.loads(out)['images']
@@ -181,6 +196,27 @@ class TestPredict:
         upright.save(tmp_path / 'upright.png')
         turned, expected = json.loads(run('predict', tmp_path, '--json')[1])['images']
         assert turned['predictions'] == expected['predictions']
+
+    def test_model_from_elsewhere(self, run, tmp_path):
+        """ A fine-tuned model is called by its own name, and its own classes by their number."""
+        model = timm.create_model('splitmixer_i_256_8', depth=2, num_classes=4)
+        timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+        status, out, _ = run('predict', EXAMPLE, '--json', '--model', f'local-dir:{tmp_path}')
+        answer = json.loads(out)
+        assert (status, answer['model']) == (0, f'local-dir:{tmp_path}')
+        assert {p['label'] for p in answer['images'][0]['predictions']} <= set('0123')
+        weights = tmp_path / 'model.safetensors'
+        weights.write_bytes(weights.read_bytes()[:-8])
+        status, out, err = run('predict', EXAMPLE, '--model', f'local-dir:{tmp_path}')
+        assert (status, out) == (2, '')
+        assert 'cannot load local-dir' in err
+
+    def test_gray_model(self, run, tmp_path):
+        timm.models.save_for_hf(
+            timm.create_model('splitmixer_i_256_8', depth=2, in_chans=1), tmp_path, safe_serialization=True)
+        status, _, err = run('predict', EXAMPLE, '--model', f'local-dir:{tmp_path}')
+        assert status == 2
+        assert '1 channels, not RGB' in err
 
     @pytest.mark.parametrize(('args', 'words'), [
         (['--model', 'splitmixer_3d_256_8'], 'No pretrained weights exist for splitmixer_3d_256_8.cifar10'),
@@ -214,6 +250,9 @@ class TestVerify:
         status, out, _ = run('verify')
         assert status == 1
         assert out.startswith('missing')
+        monkeypatch.setitem(manifest.entries()[NAME], 'url', 'https://example.org/weights')
+        status, out, _ = run('verify')
+        assert f'absent  {NAME}  not bundled' in out
         file = manifest.entries()[NAME]['file']
         (tmp_path / file).write_bytes((source / file).read_bytes()[:-1])
         (tmp_path / 'stray.safetensors').write_bytes(b'')

@@ -62,6 +62,7 @@ def test_wheel_holds_what_it_must(dist):
         for file in (entry['file'], entry['training']['args'], entry['training']['summary']):
             assert f'splitmixer_timm/weights/{file}' in names
     assert not [n for n in names if n.startswith(('tests', 'benchmarks', 'weights'))]
+    assert not [n for n in names if n.startswith('splitmixer_timm/weights/') and n.endswith('.py')]
     for line in ('Name: splitmixer-timm', 'Requires-Python: >=3.10', 'License-Expression: Apache-2.0',
                  'Requires-Dist: pillow<13', 'Provides-Extra: export', 'Provides-Extra: test'):
         assert line in metadata

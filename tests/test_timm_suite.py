@@ -39,6 +39,7 @@ def suite(tmp_path_factory):
 
 
 @pytest.mark.timm_suite
+@pytest.mark.timeout(1800)
 def test_models(suite):
     report = suite / 'report.xml'
     done = subprocess.run([

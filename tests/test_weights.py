@@ -16,10 +16,13 @@ from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import get_pretrained_cfg
 
-from splitmixer_timm import manifest
+from splitmixer_timm import manifest, splitmixer
 
 NAME = 'splitmixer_i_256_8.cifar10'
 ENTRIES = sorted(manifest.entries())
+TEST_IMAGES = {'cifar10': 10_000, 'cifar100': 10_000, 'flowers102': 6_149, 'food101': 25_250, 'in1k': 50_000}
+WITHOUT = [f'{arch}.{get_pretrained_cfg(arch).tag}' for arch in [*SPLITMIXERS, *BASELINES]
+           if f'{arch}.{get_pretrained_cfg(arch).tag}' not in ENTRIES]
 
 
 class TestManifest:
@@ -38,7 +41,7 @@ class TestManifest:
         assert model.num_classes == len(manifest.label_names(entry['dataset']))
         metrics = entry['metrics']
         assert 0 < metrics['top1'] < metrics['top5'] <= 100
-        assert metrics['images'] == {'flowers102': 6149}.get(entry['dataset'], 10_000)
+        assert metrics['images'] == TEST_IMAGES[entry['dataset']]
         assert entry['license']
         training = entry['training']
         assert {'recipe', 'epochs', 'seed', 'machine', 'torch', 'timm', 'date', 'args', 'summary'} <= training.keys()
@@ -103,7 +106,7 @@ class TestPretrained:
             top = model(transform(image)[None]).argmax().item()
         assert model.pretrained_cfg['label_names'][top] == 'airplane'
 
-    @pytest.mark.parametrize('name', ['splitmixer_3d_256_8', 'splitmixer_i_1536_20.in1k', 'convmixer_256_8.cifar100'])
+    @pytest.mark.parametrize('name', WITHOUT)
     def test_none(self, name):
         with pytest.raises(RuntimeError) as error:
             timm.create_model(name, pretrained=True)
@@ -149,9 +152,10 @@ def zoo(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def server(tmp_path):
+def server(tmp_path, monkeypatch):
     """ An HTTP server on loopback that serves `tmp_path` and counts requests."""
     requests = []
+    monkeypatch.setenv('no_proxy', '*')
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *args):
@@ -280,6 +284,33 @@ class TestPublished:
         model = zoo.create(
             pretrained_cfg_overlay=dict(url=f'{server.url}/mine.pth'), cache_dir=tmp_path / 'cache')
         assert torch.equal(model.head.bias, other['head.bias'])
+
+    @pytest.mark.parametrize('zoo_is_at', [dict(url='http://127.0.0.1:9/zoo'), dict(hf_hub_id='zoo/model')])
+    @pytest.mark.parametrize('callers', ['url', 'hf_hub_id', 'file', 'state_dict'])
+    def test_callers_own_place_comes_before_the_published(
+            self, zoo, server, tmp_path, monkeypatch, zoo_is_at, callers):
+        """ Wherever the zoo's weights are published, the caller's are the ones that load."""
+        other = {k: v + 1 if v.is_floating_point() else v for k, v in load_file(zoo.path).items()}
+        save_file(other, tmp_path / 'mine.safetensors')
+        torch.save(other, tmp_path / 'mine.pth')
+
+        def load_state_dict_from_hf(model_id, *args, **kwargs):
+            assert model_id == 'me/mine'
+            return dict(other)
+
+        monkeypatch.setattr('timm.models._builder.load_state_dict_from_hf', load_state_dict_from_hf)
+        zoo.publish(**zoo_is_at)
+        model = zoo.create(cache_dir=tmp_path / 'cache', pretrained_cfg_overlay={callers: dict(
+            url=f'{server.url}/mine.pth', hf_hub_id='me/mine', file=str(tmp_path / 'mine.safetensors'),
+            state_dict=dict(other))[callers]})
+        assert torch.equal(model.head.bias, other['head.bias'])
+
+
+def test_licence_is_the_manifests(zoo):
+    zoo.entry['license'] = 'cc-by-nc-4.0'
+    cfgs = splitmixer.generate_variant_cfgs({'splitmixer_i_256_8': splitmixer.VARIANTS['splitmixer_i_256_8']})
+    licenses = {tag: cfg.license for tag, cfg in cfgs['splitmixer_i_256_8'].cfgs.items()}
+    assert licenses == {'cifar10': 'cc-by-nc-4.0', 'cifar100': 'apache-2.0'}
 
 
 class TestLocalDirAndStateDict:

@@ -1,13 +1,13 @@
-#!/usr/bin/env python3
 """ Add the model of a finished run of timm's train.py to the zoo.
 
 Converts the run's last checkpoint (its EMA where it kept one) to safetensors, measures it on the whole official test
 set by timm's own validate.py, and writes the manifest entry; the run's arguments and log are kept beside the weights.
+Nothing of the zoo is touched before all of that succeeded.
 
-    python weights/add_run.py RUN_DIR splitmixer_i_256_8.cifar10 --dataset cifar10 \\
+    python -m splitmixer_timm.add_run RUN_DIR splitmixer_i_256_8.cifar10 --dataset cifar10 \\
         --data-dir DATA --scripts TIMM_CHECKOUT --recipe 'four epochs, flips only'
 
-The manifest is replaced last and at once: a run that fails on the way leaves the zoo as it was.
+Run it on the machine, and in the environment, that trained: those are what the entry names.
 """
 import argparse
 import csv
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, List, Optional
 
 import timm
 import torch
@@ -29,31 +29,25 @@ from safetensors.torch import save_file
 from timm.models import load_state_dict
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
-from splitmixer_timm import manifest
+from . import manifest
 
-WEIGHTS_DIR = Path(__file__).resolve().parent
 # what in a run's arguments is a place on the machine it ran on
 PATH_ARGS = {
     'config': '<CONFIG>', 'data': '<DATA_DIR>', 'data_dir': '<DATA_DIR>', 'output': '<OUTPUT_DIR>',
     'resume': '<RESUME>', 'initial_checkpoint': '<CHECKPOINT>', 'pretrained_path': '<CHECKPOINT>',
     'class_map': '<CLASS_MAP>',
 }
+BUFFERS = ('running_mean', 'running_var', 'num_batches_tracked')
 
 
-def machine() -> str:
-    """ The processor and, where there is one, the GPU; never the host's name."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+def machine(device: str) -> str:
+    """ The GPU or the processor that a run's device stands for; never the host's name."""
+    if device.startswith('cuda'):
+        return torch.cuda.get_device_name(device)
     info = Path('/proc/cpuinfo')
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
     return f'CPU, {os.cpu_count()} cores, {names[0] if names else platform.machine()}'
-
-
-def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_suffix(path.suffix + '.tmp')
-    temporary.write_text(text, encoding='utf-8')
-    temporary.replace(path)
 
 
 def planned_epochs(run_args: Dict[str, Any]) -> int:
@@ -63,28 +57,29 @@ def planned_epochs(run_args: Dict[str, Any]) -> int:
     return create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=1000)[1]
 
 
-def convert(checkpoint: Path, target: Path, metadata: Dict[str, str]) -> Dict[str, torch.Tensor]:
-    """ Weights of a training checkpoint as a safetensors file."""
-    state_dict = {k: v.contiguous() for k, v in load_state_dict(str(checkpoint)).items()}
-    save_file(state_dict, str(target), metadata={'format': 'pt', **metadata})
-    return state_dict
-
-
-def validate(name: str, weights: Path, args: argparse.Namespace) -> Dict[str, Any]:
+def validate(model: str, weights: Path, args: argparse.Namespace) -> Dict[str, Any]:
     """ Result of timm's validate.py on the official test set."""
-    with tempfile.TemporaryDirectory() as folder:
-        results = Path(folder) / 'results.json'
-        subprocess.run([
-            sys.executable, '-m', 'splitmixer_timm.run', str(args.scripts / 'validate.py'),
-            '--model', name, '--checkpoint', str(weights), '--data-dir', str(args.data_dir), '--split', args.split,
-            '--device', args.device, '--batch-size', str(args.batch_size), '--workers', '1', '--no-prefetcher',
-            '--results-file', str(results), '--results-format', 'json',
-        ], check=True)
-        return json.loads(results.read_text())
+    results = weights.with_suffix('.json')
+    subprocess.run([
+        sys.executable, '-m', 'splitmixer_timm.run', str(args.scripts / 'validate.py'),
+        '--model', model, '--checkpoint', str(weights), '--data-dir', str(args.data_dir), '--split', args.split,
+        '--device', args.device, '--batch-size', str(args.batch_size), '--workers', '1', '--no-prefetcher',
+        '--results-file', str(results), '--results-format', 'json',
+    ], check=True)
+    return json.loads(results.read_text())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def replace_file(path: Path, content: bytes) -> None:
+    """ Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'{path.name}.tmp')
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog='splitmixer_timm.add_run', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('run_dir', type=Path, help='output folder of train.py: last.pth.tar, args.yaml, summary.csv')
     parser.add_argument('name', help="'arch.tag' to add")
     parser.add_argument('--dataset', required=True, help='data set of the tag, as in splitmixer_timm/labels')
@@ -92,42 +87,34 @@ def main() -> None:
     parser.add_argument('--split', default='validation', help='folder of the official test set (default: %(default)s)')
     parser.add_argument('--scripts', type=Path, required=True, help="folder with timm's validate.py")
     parser.add_argument('--recipe', required=True, help='one line that says how it was trained')
-    parser.add_argument('--device', default='cpu')
-    parser.add_argument('--batch-size', type=int, default=200)
-    args = parser.parse_args()
+    parser.add_argument('--device', default='cpu', help='device to measure on (default: %(default)s)')
+    parser.add_argument('--batch-size', type=int, default=200, help='to measure with (default: %(default)s)')
+    args = parser.parse_args(argv)
 
+    arch = args.name.partition('.')[0]
     run_args = yaml.safe_load((args.run_dir / 'args.yaml').read_text())
-    summary = (args.run_dir / 'summary.csv').read_text()
-    epochs = len(list(csv.DictReader(summary.splitlines())))
+    summary = (args.run_dir / 'summary.csv').read_bytes()
     checkpoint = args.run_dir / 'last.pth.tar'
-    planned = planned_epochs(run_args)
+    epochs, planned = len(list(csv.DictReader(summary.decode().splitlines()))), planned_epochs(run_args)
     if epochs != planned:
         parser.error(f'{args.run_dir} has {epochs} of {planned} epochs: train it to the end first')
-    if args.name.partition('.')[0] != run_args['model'].partition('.')[0]:
+    if arch != run_args['model'].partition('.')[0]:
         parser.error(f'{args.run_dir} trained {run_args["model"]}, not {args.name}')
 
-    weights = WEIGHTS_DIR / f'{args.name}.safetensors'
-    temporary = weights.with_suffix('.tmp.safetensors')
-    try:
-        state_dict = convert(checkpoint, temporary, {'model': args.name})
-        result = validate(args.name, temporary, args)
-        temporary.replace(weights)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / f'{args.name}.safetensors'
+        state_dict = {k: v.contiguous() for k, v in load_state_dict(str(checkpoint)).items()}
+        save_file(state_dict, weights, metadata={'format': 'pt', 'model': args.name})
+        # by the data set's own tag: a new one is registered only once the manifest has it
+        result = validate(f'{arch}.{args.dataset}', weights, args)
+        content = weights.read_bytes()
 
-    run_dir = WEIGHTS_DIR / 'runs' / args.name
-    run_dir.mkdir(parents=True, exist_ok=True)
-    public_args = {k: PATH_ARGS[k] if k in PATH_ARGS and v else v for k, v in run_args.items()}
-    write_atomically(run_dir / 'args.yaml', yaml.safe_dump(public_args))
-    write_atomically(run_dir / 'summary.csv', summary)
-
-    buffers = ('running_mean', 'running_var', 'num_batches_tracked')
-    content = weights.read_bytes()
+    finished = checkpoint.stat().st_mtime
     entry = {
         'file': weights.name,
         'bytes': len(content),
         'sha256': hashlib.sha256(content).hexdigest(),
-        'params': sum(v.numel() for k, v in state_dict.items() if not k.endswith(buffers)),
+        'params': sum(v.numel() for k, v in state_dict.items() if not k.endswith(BUFFERS)),
         'dataset': args.dataset,
         'metrics': {
             'top1': result['top1'],
@@ -142,17 +129,23 @@ def main() -> None:
             'checkpoint': 'last',
             'epochs': epochs,
             'seed': run_args['seed'],
-            'hours': round((checkpoint.stat().st_mtime - (args.run_dir / 'args.yaml').stat().st_mtime) / 3600, 2),
-            'machine': machine(),
+            'hours': round((finished - (args.run_dir / 'args.yaml').stat().st_mtime) / 3600, 2),
+            'machine': machine(run_args['device']),
             'torch': torch.__version__,
             'timm': timm.__version__,
-            'date': datetime.date.fromtimestamp(checkpoint.stat().st_mtime).isoformat(),
+            'date': datetime.date.fromtimestamp(finished).isoformat(),
         },
         'license': 'apache-2.0',
     }
-    content = dict(manifest.load_manifest())
-    content['models'] = dict(sorted({**content['models'], args.name: entry}.items()))
-    write_atomically(WEIGHTS_DIR / 'manifest.json', json.dumps(content, indent=2) + '\n')
+    public_args = {k: PATH_ARGS[k] if k in PATH_ARGS and v else v for k, v in run_args.items()}
+    models = dict(sorted({**manifest.entries(), args.name: entry}.items()))
+    zoo = {**manifest.load_manifest(), 'models': models}
+
+    folder = manifest.WEIGHTS_DIR
+    replace_file(folder / entry['training']['args'], yaml.safe_dump(public_args).encode())
+    replace_file(folder / entry['training']['summary'], summary)
+    replace_file(folder / entry['file'], content)
+    replace_file(folder / 'manifest.json', (json.dumps(zoo, indent=2) + '\n').encode())
     print(f'{args.name}: top-1 {entry["metrics"]["top1"]:.2f} %, {entry["bytes"]:,} bytes')
 
 

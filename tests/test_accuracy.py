@@ -1,0 +1,79 @@
+""" The manifest's figures, measured again on the real test sets. """
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import DATA_DIR
+
+from splitmixer_timm import cli, manifest
+from splitmixer_timm.evaluate import Accuracy, evaluate
+
+pytestmark = pytest.mark.data
+NAME = 'splitmixer_i_256_8.cifar10'
+
+
+def unpack(folder, dataset, *args):
+    if not (DATA_DIR / dataset).is_dir():
+        pytest.skip(f'{dataset} is not at hand (SPLITMIXER_DATA names its folder)')
+    command = [sys.executable, DATA_DIR / 'unpack.py', dataset, folder / dataset, '--split', 'test', *args]
+    subprocess.run(command, check=True)
+    return folder
+
+
+def test_whole_official_test_set(tmp_path):
+    """ The first weights' top-1 and top-5 on all 10,000 images are those of the manifest."""
+    folder = unpack(tmp_path, 'cifar10')
+    measured = evaluate(NAME, folder / 'cifar10' / 'validation')
+    expected = manifest.entries()[NAME]['metrics']
+    assert measured.images == expected['images'] == 10_000
+    assert measured.top1 == pytest.approx(expected['top1'], abs=cli.TOLERANCE)
+    assert measured.top5 == pytest.approx(expected['top5'], abs=cli.TOLERANCE)
+    assert measured.top1 >= 80
+
+
+class TestVerifyData:
+    """ `splitmixer-timm verify --data`."""
+
+    @pytest.fixture
+    def metrics(self, monkeypatch):
+        """ The manifest with the first weights alone, whose figures can be set."""
+        entry = {**manifest.entries()[NAME], 'metrics': {}}
+        monkeypatch.setattr(manifest, 'load_manifest', lambda: {'models': {NAME: entry}})
+        return entry['metrics']
+
+    def test_agrees_and_differs(self, tmp_path, metrics, capsys):
+        folder = unpack(tmp_path, 'cifar10', '--per-class', '5')
+        measured = evaluate(NAME, folder / 'cifar10' / 'validation')
+        assert measured.images == 50
+        metrics.update(top1=measured.top1, top5=measured.top5, images=50)
+        assert cli.main(['verify', '--data', str(folder)]) == 0
+        assert f'ok      {NAME}  top-1 {measured.top1:.2f} % of 50 images' in capsys.readouterr().out
+        metrics['top1'] = measured.top1 + 0.1
+        assert cli.main(['verify', '--data', str(folder)]) == 1
+        assert f'FAILED  {NAME}  top-1' in capsys.readouterr().out
+        metrics.update(top1=measured.top1, images=51)
+        assert cli.main(['verify', '--data', str(folder)]) == 1
+
+    def test_no_data(self, tmp_path, capsys):
+        assert cli.main(['verify', '--data', str(tmp_path)]) == 2
+        assert str(tmp_path / 'cifar10' / 'validation') in capsys.readouterr().err
+
+    def test_other_classes(self, tmp_path, metrics, capsys):
+        folder = unpack(tmp_path, 'cifar100', '--per-class', '1')
+        (folder / 'cifar100').rename(folder / 'cifar10')
+        assert cli.main(['verify', '--data', str(folder)]) == 2
+        assert 'must have 10 class folders' in capsys.readouterr().err
+
+    def test_a_constant_answer_is_chance(self, tmp_path, monkeypatch):
+        """ Counting is by label: a model that always says the same is right for one class in ten."""
+        class Constant(torch.nn.Module):
+            num_classes = 10
+            pretrained_cfg = dict(input_size=(3, 32, 32))
+
+            def forward(self, x):
+                return torch.arange(10.).flip(0).expand(len(x), 10)
+
+        monkeypatch.setattr('splitmixer_timm.evaluate.create_model', lambda *args, **kwargs: Constant())
+        folder = unpack(tmp_path, 'cifar10', '--per-class', '3')
+        assert evaluate('constant', folder / 'cifar10' / 'validation') == Accuracy(top1=10., top5=50., images=30)

@@ -1,0 +1,78 @@
+""" `python -m splitmixer_timm.run`: scripts run as they are, with the models registered. """
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+SCRIPT = """
+import sys, timm, helper
+print(__name__, sys.argv[1:], timm.is_model('splitmixer_i_256_8'), helper.VALUE)
+if 'fail' in sys.argv:
+    sys.exit(3)
+"""
+
+
+def run(*args, cwd=None, launcher=('-m', 'splitmixer_timm.run')):
+    env = {**os.environ, 'PYTHONPATH': str(ROOT)}
+    command = [sys.executable, *launcher, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
+
+
+@pytest.fixture
+def script(tmp_path):
+    (tmp_path / 'helper.py').write_text('VALUE = "beside it"')
+    path = tmp_path / 'script.py'
+    path.write_text(SCRIPT)
+    return path
+
+
+def test_runs_as_main_with_its_arguments(script):
+    done = run(script, '--lr', 0.1, 'x y')
+    assert (done.returncode, done.stderr) == (0, '')
+    assert done.stdout == "__main__ ['--lr', '0.1', 'x y'] True beside it\n"
+
+
+def test_exit_status_is_the_scripts(script):
+    assert run(script, 'fail').returncode == 3
+
+
+def test_under_torchrun(script):
+    done = run(script, '--epochs', 1, launcher=(
+        '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', '-m', 'splitmixer_timm.run'))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("__main__ ['--epochs', '1'] True beside it") == 2
+
+
+@pytest.mark.parametrize('content', [b'not python {', b'\x00\xff\xfe', None])
+def test_no_script(tmp_path, content):
+    path = tmp_path / 'script.py'
+    if content is not None:
+        path.write_bytes(content)
+    done = run(path)
+    assert done.returncode == 2
+    assert done.stdout == ''
+    assert done.stderr.startswith('splitmixer_timm.run: error: ')
+    assert str(path) in done.stderr
+    assert done.stderr.count('\n') == 1
+
+
+def test_folder_and_help(tmp_path):
+    assert 'cannot read script' in run(tmp_path).stderr
+    assert run().returncode == 2
+    done = run('--help')
+    assert done.returncode == 0
+    assert 'SCRIPT [ARGS...]' in done.stdout
+
+
+def test_which_timm(tmp_path, script):
+    """ The script's own folder does not put another timm before the installed one, the current folder does."""
+    (tmp_path / 'elsewhere').mkdir()
+    checkout = tmp_path / 'checkout'
+    import timm
+    shutil.copytree(os.path.dirname(timm.__file__), checkout / 'timm')
+    (checkout / 'show.py').write_text('import timm; print(timm.__file__)')
+    assert run(checkout / 'show.py', cwd=tmp_path / 'elsewhere').stdout.strip() == timm.__file__
+    assert run('show.py', cwd=checkout).stdout.strip() == str(checkout / 'timm' / '__init__.py')

@@ -1,0 +1,158 @@
+""" Training by others' means: DistributedDataParallel, and timm's own scripts where they are at hand.
+
+timm's package does not ship its scripts: SPLITMIXER_TIMM_SCRIPTS names a folder that has them.
+"""
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import timm
+import torch
+import torch.multiprocessing
+from conftest import BASELINES, DATA_DIR, ROOT, SPLITMIXERS
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+
+SCRIPTS = os.environ.get('SPLITMIXER_TIMM_SCRIPTS')
+RECIPE = ROOT / 'splitmixer_timm' / 'recipes' / 'cifar10.yaml'
+CPU = ('--device', 'cpu', '--workers', '1', '--no-prefetcher')
+WORLD = 2
+
+
+def narrow(name):
+    """ The variant cut to two blocks, with images of 4 x 4 patches for both processes."""
+    patch = timm.get_pretrained_cfg(name).input_size[1] // timm.get_pretrained_cfg(name).pool_size[0]
+    torch.manual_seed(0)
+    model = timm.create_model(name, depth=2, num_classes=3)
+    return model, torch.randn(2 * WORLD, 3, 4 * patch, 4 * patch), torch.tensor([0, 1, 2, 0])
+
+
+def gradients(model, x, target):
+    model.zero_grad()
+    torch.nn.functional.cross_entropy(model(x), target).backward()
+    return [p.grad for p in model.parameters()]
+
+
+def train_distributed(rank, names, rendezvous, failures):
+    torch.set_num_threads(1)
+    distributed.init_process_group('gloo', init_method=f'file://{rendezvous}', rank=rank, world_size=WORLD)
+    for name in names:
+        model, x, target = narrow(name)
+        mine = slice(rank, None, WORLD)
+        # statistics of the joint batch need synchronised BatchNorm and so a GPU: without one, with statistics fixed
+        model.eval()
+        expected = [g.clone() for g in gradients(model, x, target)]
+        parallel = DistributedDataParallel(model)
+        actual = gradients(parallel, x[mine], target[mine])
+        if not all(torch.allclose(a, e, rtol=1e-3, atol=1e-5) for a, e in zip(actual, expected)):
+            failures.put(f'{name}: gradients differ from those of the joint batch')
+        # in train mode a parameter left out of a step makes the next forward raise
+        parallel.train()
+        optimizer = torch.optim.AdamW(parallel.parameters(), lr=1e-3)
+        for _ in range(2):
+            if any(g is None for g in gradients(parallel, x[mine], target[mine])):
+                failures.put(f'{name}: a parameter has no gradient')
+            optimizer.step()
+        weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+        others = [torch.empty_like(weights) for _ in range(WORLD)]
+        distributed.all_gather(others, weights)
+        if not torch.equal(*others):
+            failures.put(f'{name}: the processes have different weights')
+    distributed.destroy_process_group()
+
+
+def test_distributed_data_parallel(tmp_path):
+    """ Two processes train every variant; their gradients are those of one process on the joint batch."""
+    failures = torch.multiprocessing.get_context('spawn').SimpleQueue()
+    names = [*SPLITMIXERS, *BASELINES]
+    torch.multiprocessing.spawn(train_distributed, (names, tmp_path / 'rendezvous', failures), nprocs=WORLD)
+    found = []
+    while not failures.empty():
+        found.append(failures.get())
+    assert not found
+
+
+def run(*args):
+    env = {**os.environ, 'PYTHONPATH': str(ROOT)}
+    return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, env=env)
+
+
+@pytest.fixture(scope='module')
+def folders(tmp_path_factory):
+    """ A few real images of each class of CIFAR-10, in folders."""
+    if not SCRIPTS:
+        pytest.skip("SPLITMIXER_TIMM_SCRIPTS does not name a folder with timm's scripts")
+    if not (DATA_DIR / 'unpack.py').is_file():
+        pytest.skip('CIFAR-10 is not at hand (SPLITMIXER_DATA names its folder)')
+    folder = tmp_path_factory.mktemp('cifar10')
+    subprocess.run([sys.executable, DATA_DIR / 'unpack.py', 'cifar10', folder, '--per-class', '16'], check=True)
+    return folder
+
+
+@pytest.mark.data
+class TestTimmScripts:
+    def test_validate(self, folders):
+        done = run(
+            '-m', 'splitmixer_timm.run', os.path.join(SCRIPTS, 'validate.py'), '--model', 'splitmixer_i_256_8',
+            '--pretrained', '--data-dir', folders, *CPU, '--batch-size', 32)
+        assert done.returncode == 0, done.stderr
+        assert '"top1"' in done.stdout
+
+    @pytest.mark.parametrize('kind', ['ii', 'iv'])
+    def test_train_with_a_recipe(self, folders, tmp_path, kind):
+        """ train.py alone, without our launcher: the recipe names the plugin."""
+        done = run(
+            os.path.join(SCRIPTS, 'train.py'), '--config', RECIPE, '--dataset', '', '--data-dir', folders, *CPU,
+            '--model', f'splitmixer_{kind}_256_8', '--model-kwargs', 'depth=2', 'dim=32', '--batch-size', 32,
+            '--amp-dtype', 'bfloat16', '--epochs', 1, '--warmup-epochs', 1, '--lr-cycle-limit', 1,
+            '--output', tmp_path, '--experiment', 'run')
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / 'run' / 'last.pth.tar').is_file()
+        assert len((tmp_path / 'run' / 'summary.csv').read_text().splitlines()) == 3
+
+    def test_killed_and_resumed(self, folders, tmp_path):
+        """ A run that is killed and resumed ends as one that was not: learning rate, epoch, weights, optimizer, EMA.
+
+        The whole training set is one batch without augmentation, so that nothing depends on the order of images.
+        """
+        command = [
+            sys.executable, os.path.join(SCRIPTS, 'train.py'), '--config', str(RECIPE), '--dataset', '',
+            '--data-dir', str(folders), *CPU, '--model-kwargs', 'depth=2', 'dim=16', '--no-aug', '--batch-size', '160',
+            '--amp-dtype', 'bfloat16', '--epochs', '4', '--warmup-epochs', '2', '--lr-cycle-limit', '1', '--lr', '1e-3',
+            '--model-ema', '--model-ema-decay', '0.9', '--checkpoint-hist', '9', '--output', str(tmp_path)]
+        env = {**os.environ, 'PYTHONPATH': str(ROOT)}
+        subprocess.run([*command, '--experiment', 'whole'], check=True, capture_output=True, env=env)
+
+        process = subprocess.Popen(
+            [*command, '--experiment', 'cut'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
+        deadline = time.monotonic() + 300
+        while not (tmp_path / 'cut' / 'checkpoint-2.pth.tar').is_file():
+            assert process.poll() is None, 'the run ended before it could be killed'
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        last = str(tmp_path / 'cut' / 'last.pth.tar')
+        subprocess.run(
+            [*command, '--experiment', 'resumed', '--resume', last], check=True, capture_output=True, env=env)
+
+        def rows(experiment):
+            with open(tmp_path / experiment / 'summary.csv') as f:
+                return [(row['epoch'], float(row['lr'])) for row in csv.DictReader(f)]
+
+        assert len(rows('whole')) == 6
+        assert 0 < len(rows('resumed')) < 6
+        assert rows('whole')[-len(rows('resumed')):] == rows('resumed')
+        whole, resumed = (
+            torch.load(tmp_path / name / 'last.pth.tar', weights_only=False) for name in ('whole', 'resumed'))
+        assert whole['epoch'] == resumed['epoch'] == 5
+        for key in ('state_dict', 'state_dict_ema'):
+            torch.testing.assert_close(resumed[key], whole[key], rtol=1e-2, atol=1e-3)
+        groups, resumed_groups = whole['optimizer']['param_groups'], resumed['optimizer']['param_groups']
+        assert groups == resumed_groups
+        for index, state in whole['optimizer']['state'].items():
+            assert resumed['optimizer']['state'][index]['step'] == state['step'] == 6
