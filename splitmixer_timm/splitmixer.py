@@ -618,6 +618,8 @@ def _module_in_layout(name: str, layout: Dict[str, str], depth: int, is_full: bo
     if part == 'head':
         return layout['head'].format(end=depth + 5)
     i, mixing, module, *path = int(path[0]), *path[1:]
+    if module.startswith('act'):
+        return name  # no public checkpoint has an activation with weights
     fields = dict(i=i, even=2 * i, odd=2 * i + 1, flat=i + 3)
     if mixing == 'spatial_mixing':
         return layout['spatial'].format(n=_SPATIAL_ORDER[module], **fields)

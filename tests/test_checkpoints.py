@@ -71,6 +71,13 @@ def test_own_names_pass_unchanged():
     assert all(filtered[k] is state_dict[k] for k in filtered)
 
 
+def test_activation_with_weights():
+    model = SplitMixer(24, 2, act_layer='prelu')
+    assert checkpoint_filter_fn(model.state_dict(), model).keys() == model.state_dict().keys()
+    with pytest.raises(RuntimeError, match=r'without weights: .*blocks\.0\.spatial_mixing\.act1'):
+        checkpoint_filter_fn(reference.Package('i', 24, 2).state_dict(), model)
+
+
 def test_loads_through_create_model(tmp_path, images):
     """ A public checkpoint is a weights file like any other, in_chans and num_classes adapted."""
     expected = randomize(reference.Package('i', 256, 8))
