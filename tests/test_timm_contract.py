@@ -272,19 +272,18 @@ class TestExport:
             for x in (images, torch.randn(5, 3, 21, 16)):
                 torch.testing.assert_close(program.module()(x), model(x))
 
-    @pytest.mark.parametrize('opset', [18, 20])
-    def test_onnx(self, kind, opset, images, tmp_path):
-        """ Dynamic batch, outputs equal under onnxruntime."""
+    def test_onnx(self, kind, images, tmp_path):
+        """ Opset 18, dynamic batch, outputs equal under onnxruntime."""
         onnx = pytest.importorskip('onnx', reason='needs the extra export')
         onnxruntime = pytest.importorskip('onnxruntime', reason='needs the extra export')
         model = tiny(kind)
         path = tmp_path / 'model.onnx'
         torch.onnx.export(
-            model, (images,), path, opset_version=opset, dynamo=True, external_data=False, verbose=False,
+            model, (images,), path, opset_version=18, dynamo=True, external_data=False, verbose=False,
             input_names=['input'], output_names=['output'], dynamic_shapes=({0: torch.export.Dim('batch')},))
         exported = onnx.load(path)
         onnx.checker.check_model(exported, full_check=True)
-        assert exported.opset_import[0].version == opset
+        assert exported.opset_import[0].version == 18
         session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
         for batch in (1, 2, 5):
             x = torch.randn(batch, *images.shape[1:])
