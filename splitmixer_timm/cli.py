@@ -18,6 +18,19 @@ TOLERANCE = 0.05  # points of top-1 that two measurements of the same weights ma
 DEFAULT_MODEL = 'splitmixer_i_256_8.cifar10'
 
 
+BENCHMARK_DESCRIPTION = """\
+Measure images a second, by default of every row of the paper's Table 3, beside the paper's figures.
+
+  steady  eval and inference mode, warm-up until stable, the median of several repeats, the models in turn
+  paper   the paper's protocol to the letter: fp32, batch 64, 224 x 224, one batch fed 100 times, a pair of CUDA events
+          around each forward, no eval mode, no warm-up; each model in a process of its own
+
+Without CUDA a wall clock times the same code; that is not the paper's protocol, and the results say so.
+
+Every measurement is kept in DIR/<device>.csv as soon as it is made. A second run measures only what is missing, failed,
+or was measured with another --batches. Exit status 1 if a model failed (the others are measured all the same)."""
+
+
 class CommandError(Exception):
     """ Something the user can put right, told in one line."""
 
@@ -187,6 +200,56 @@ def _recipe(args: argparse.Namespace) -> int:
     return 0
 
 
+def _benchmark(args: argparse.Namespace) -> int:
+    from importlib.util import find_spec
+
+    from . import benchmark, benchmark_report
+
+    axes = {name: getattr(args, name) for name in (
+        'precision', 'memory_format', 'compile', 'mode', 'batch_size', 'img_size')}
+    requests = []
+    try:
+        device = benchmark.check_device(args.device or benchmark.default_device())
+        for protocol in dict.fromkeys(args.protocol):
+            on_cpu = device.type == 'cpu'
+            requests.append(benchmark.Settings(
+                protocol, str(device), **axes,
+                batches=args.batches or (1 if on_cpu and protocol == 'steady' else 100),
+                repeats=args.repeats or (3 if on_cpu else 5),
+            ))
+            benchmark.check_settings(requests[-1])
+        rows = benchmark.check_models(args.models)
+        if args.plot and find_spec('matplotlib') is None:
+            raise ValueError("--plot needs matplotlib: pip install 'splitmixer-timm[bench]', or leave --plot out")
+        folder = args.results or benchmark.RESULTS_DIR
+        benchmark.check_folder(folder)
+        name = benchmark.results_name(str(device))
+        results = benchmark.Results(folder / f'{name}.csv')
+    except ValueError as e:
+        raise CommandError(str(e)) from e
+
+    failures = 0
+    try:
+        # the paper's first: its processes are to have the GPU to themselves
+        for settings in sorted(requests, key=lambda settings: settings.protocol):
+            failures += benchmark.run(rows, settings, results, args.overwrite)
+    except KeyboardInterrupt:
+        print(f'interrupted; what was measured is in {results.path}, the same command goes on', file=sys.stderr)
+        raise
+    wanted = {settings.key(row)[1:] for settings in requests for row in rows}
+    for group in benchmark_report.group(list(results.rows.values())):
+        if not any(tuple(row[name] for name in benchmark.KEY[1:]) in wanted for row in group):
+            continue
+        print(f'{benchmark_report.describe_setting(group)}, images / s\n\n{benchmark_report.throughput_table(group)}\n')
+        print(f'{benchmark_report.describe(group)}\n')
+        if args.plot is not False and find_spec('matplotlib') and any(row['img_per_s'] for row in group):
+            picture = folder / benchmark_report.picture_name(name, group)
+            benchmark_report.draw(group, picture)
+            print(picture)
+    print(results.path)
+    return 1 if failures else 0
+
+
 def _positive(text: str) -> int:
     value = int(text) if text.isdecimal() else 0
     if value < 1:
@@ -226,6 +289,35 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument('name', metavar='NAME', nargs='?')
     command.add_argument('--copy', metavar='DEST', type=Path, help='copy it to a new file, or into a folder')
     command.set_defaults(run=_recipe)
+
+    command = commands.add_parser(
+        'benchmark', help="throughput, and the paper's beside it", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=BENCHMARK_DESCRIPTION)
+    command.add_argument(
+        '--protocol', nargs='+', choices=('steady', 'paper'), default=['steady'], help='default: steady')
+    command.add_argument(
+        '--models', nargs='+', default=['table3'], metavar='MODEL',
+        help="models of timm's or ours; table3 (default) stands for the 18 rows of the paper's Table 3")
+    command.add_argument('--device', help='cuda, cuda:N, mps or cpu (default: the first of these that is there)')
+    command.add_argument('--precision', choices=('fp32', 'tf32', 'fp16', 'bf16'), default='fp32', help='default: fp32')
+    command.add_argument(
+        '--memory-format', choices=('contiguous', 'channels_last'), default='contiguous', help='default: contiguous')
+    command.add_argument('--compile', action='store_true', help='compile the models')
+    command.add_argument(
+        '--mode', choices=('infer', 'train'), default='infer',
+        help='forward (default), or forward, backward and a step of SGD')
+    command.add_argument('--batch-size', type=_positive, default=64, metavar='N', help='default: %(default)s')
+    command.add_argument('--img-size', type=_positive, default=224, metavar='N', help='default: %(default)s')
+    command.add_argument(
+        '--batches', type=_positive, metavar='N',
+        help='batches timed, in each repeat (default: 100; steady on a CPU, where one takes seconds: 1)')
+    command.add_argument('--repeats', type=_positive, metavar='N', help='repeats of steady (default: 5, on a CPU 3)')
+    command.add_argument(
+        '--results', type=Path, metavar='DIR', help='where results are kept (default: benchmarks/results)')
+    command.add_argument('--overwrite', action='store_true', help='measure anew what the results have')
+    command.add_argument(
+        '--plot', action=argparse.BooleanOptionalAction, help='draw a picture (default: where matplotlib is installed)')
+    command.set_defaults(run=_benchmark)
 
     command = commands.add_parser('verify', help='check the bundled weights against the manifest', description=(
         'Check size and sha256 of every bundled weights file, and with --data also their accuracy on the official test '

@@ -1,13 +1,13 @@
-""" Parameters and operations of a model, counted the paper's way. """
+""" Parameters and operations of a model, counted the paper's way, and the memory its activations take. """
 import copy
 from dataclasses import dataclass
-from typing import Tuple
+from typing import Dict, Tuple
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ['Complexity', 'measure_complexity']
+__all__ = ['Complexity', 'measure_activation_bytes', 'measure_complexity']
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Complexity:
 
     Attributes:
         params: Number of learnable parameters.
-        macs: Multiply-accumulates of convolutions and linear layers.
+        macs: Multiply-accumulates of convolutions, linear layers and attention.
         paper_flops: What the paper calls FLOPS: the MACs, 4 operations per element that a BatchNorm puts out, and one
             per element that enters the pooling.
     """
@@ -29,7 +29,7 @@ def measure_complexity(model: nn.Module, input_size: Tuple[int, int, int]) -> Co
     """ Count a model's parameters and operations without computing anything.
 
     Args:
-        model: Model with a `global_pool`, on any device; it is not changed.
+        model: Model on any device; it is not changed. One whose `global_pool` is no module has its pooling left out.
         input_size: Channels, height and width of the image.
 
     Returns:
@@ -49,7 +49,8 @@ def measure_complexity(model: nn.Module, input_size: Tuple[int, int, int]) -> Co
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.register_forward_hook(count_norm)
-    model.global_pool.register_forward_hook(count_pool)
+    if isinstance(getattr(model, 'global_pool', None), nn.Module):
+        model.global_pool.register_forward_hook(count_pool)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         model(torch.empty(1, *input_size, device='meta'))
@@ -59,3 +60,28 @@ def measure_complexity(model: nn.Module, input_size: Tuple[int, int, int]) -> Co
         macs=macs,
         paper_flops=macs + other,
     )
+
+
+def measure_activation_bytes(model: nn.Module, input_size: Tuple[int, int, int]) -> int:
+    """ Bytes that a step of training keeps from the forward pass for the backward pass, of each image of the batch.
+
+    Args:
+        model: Model on any device, in the data type to count in; it is not changed and nothing is computed.
+        input_size: Channels, height and width of the image.
+    """
+    model = copy.deepcopy(model).to('meta').train()
+
+    def kept(batch_size: int) -> int:
+        storages: Dict[int, torch.UntypedStorage] = {}  # a tensor is often kept by two operations, in memory once
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            storages[storage._cdata] = storage
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(torch.empty(batch_size, *input_size, device='meta', dtype=next(model.parameters()).dtype))
+        return sum(storage.nbytes() for storage in storages.values())
+
+    # the difference leaves out what does not grow with the batch, such as weights
+    return kept(3) - kept(2)

@@ -1,0 +1,225 @@
+#!/usr/bin/env python3
+""" Where the time of a forward goes, and how far it is from what the device allows.
+
+    python benchmarks/roofline.py --help
+
+Every operation of a forward in eval mode must read its inputs and weights and write its output once, and a convolution
+or matrix product must multiply and add. Two ceilings are measured on the same device: the bytes a second of a large copy
+and the operations a second of a large matrix product. The limit of an operation is the longer of its bytes and its
+operations at these ceilings. The limit of a forward is the sum of its operations', or, if all but convolutions and
+matrix products were fused into these, the sum of theirs.
+"""
+import argparse
+import datetime
+import statistics
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from tqdm import tqdm
+
+from splitmixer_timm import benchmark
+from splitmixer_timm.benchmark import VERSIONS, Results, Row, Settings, Subject, make_images, seconds
+
+KINDS = {
+    'activation': ('gelu', 'gelu_', 'relu', 'relu_', 'silu', 'silu_', 'hardswish', 'hardswish_', 'hardtanh'),
+    'norm': ('native_batch_norm', 'cudnn_batch_norm', 'miopen_batch_norm', 'native_layer_norm'),
+    'sum': ('add', 'add_'),
+    'copy': ('cat', 'stack', 'clone', 'copy_', '_to_copy'),
+}
+FORWARD, FUSED = 'forward', 'forward, fused'
+
+
+class RooflineResults(Results):
+    """ Results of this script."""
+    key = ('model', 'arguments', 'precision', 'memory_format', 'batch_size', 'img_size', 'device', 'kind')
+    columns = (
+        *key, 'calls', 'bytes', 'operations', 'seconds', 'limit_seconds', 'copy_bytes_per_s', 'operations_per_s',
+        'error', 'date', 'commit', *VERSIONS)
+
+
+@dataclass
+class Operation:
+    """ One call: its kind, the bytes it must move, the operations it must do, the seconds it took."""
+    kind: str
+    bytes: int
+    operations: int
+    seconds: float
+
+    def limit(self, copy_rate: float, operation_rate: float) -> float:
+        return max(self.bytes / copy_rate, self.operations / operation_rate)
+
+
+def kind_of(func: Any, args: Any) -> str:
+    """ Kind of layer that an operation stands for."""
+    name = func.overloadpacket.__name__
+    if name == 'convolution':
+        weight, groups = args[1], args[8]
+        return 'depthwise' if groups > 1 else 'pointwise' if weight.shape[2:].numel() == 1 else 'convolution'
+    if func.overloadpacket in flop_registry:
+        return 'product'
+    return next((kind for kind, names in KINDS.items() if name in names), 'other')
+
+
+class Recorder(TorchDispatchMode):
+    """ Records every operation under it that makes or changes data; views are free."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device = device
+        self.operations: List[Operation] = []
+        self.events: List[Any] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = None
+
+        def work() -> None:
+            nonlocal out
+            out = func(*args, **kwargs)
+
+        if self.device.type == 'cuda':
+            # read when all is done: to wait for each would time the launches
+            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            events[0].record()
+            work()
+            events[1].record()
+            elapsed = 0.
+        else:
+            events = None
+            elapsed = seconds(work, self.device)
+        inputs = {id(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}.values()
+        outputs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        storages = {t.untyped_storage().data_ptr() for t in inputs}
+        changes = func._schema.is_mutable
+        if changes or any(t.untyped_storage().data_ptr() not in storages for t in outputs):
+            count = flop_registry.get(func.overloadpacket)
+            self.operations.append(Operation(
+                kind_of(func, args),
+                sum(t.nbytes for t in (*inputs, *outputs)),
+                count(*args, **kwargs, out_val=out) if count else 0,
+                elapsed,
+            ))
+            self.events.append(events)
+        return out
+
+    def finish(self) -> List[Operation]:
+        """ The operations, once the device is done with them."""
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize(self.device)
+            for operation, (start, end) in zip(self.operations, self.events):
+                operation.seconds = start.elapsed_time(end) / 1000
+        return self.operations
+
+
+def record(step: Any, device: torch.device) -> List[Operation]:
+    """ The operations of a step."""
+    recorder = Recorder(device)
+    # not inference mode, under which a composite operation comes as one
+    with torch.no_grad():
+        if device.type == 'cuda':
+            torch.cuda._sleep(500_000_000)  # so that the GPU finds the next operation waiting, as it does in a plain forward
+        with recorder:
+            step()
+    return recorder.finish()
+
+
+def measure_ceilings(device: torch.device, dtype: Optional[torch.dtype], repeats: int = 10) -> Dict[str, float]:
+    """ Bytes a second of a large copy, operations a second of a large matrix product, each the best of some repeats."""
+    is_cpu = device.type == 'cpu'
+    source = torch.ones(2**26 if is_cpu else 2**28, device=device)
+    target = torch.empty_like(source)
+    size = 2048 if is_cpu else 8192
+    a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+    copy = min(seconds(lambda: target.copy_(source), device) for _ in range(repeats + 1))
+    product = min(seconds(lambda: a @ b, device) for _ in range(repeats + 1))
+    return dict(copy=2 * source.nbytes / copy, operations=2 * size**3 / product)
+
+
+def measure(row: Row, settings: Settings, images: torch.Tensor, ceilings: Dict[str, float], passes: int) -> \
+        List[Dict[str, str]]:
+    """ Results of a model: a row for each kind of operation, one for the forward as it runs, one for the fused limit."""
+    subject = Subject(row, settings, images)
+    subject.warm_up()
+    with torch.inference_mode():
+        forward = statistics.median(seconds(subject.step, images.device) for _ in range(passes))
+    recorded = [record(subject.step, images.device) for _ in range(passes)]
+    rates = ceilings['copy'], ceilings['operations']
+
+    def line(kind: str, operations: List[Operation], took: Optional[float]) -> Dict[str, str]:
+        return dict(
+            kind=kind, calls=str(len(operations)), bytes=str(sum(o.bytes for o in operations)),
+            operations=str(sum(o.operations for o in operations)), seconds='' if took is None else f'{took:.6g}',
+            limit_seconds=f'{sum(o.limit(*rates) for o in operations):.6g}')
+
+    kinds: Dict[str, List[int]] = defaultdict(list)
+    for i, operation in enumerate(recorded[0]):
+        kinds[operation.kind].append(i)
+    lines = [line(FORWARD, recorded[0], forward)]
+    lines.append(line(FUSED, [o for o in recorded[0] if o.operations], None))
+    for kind, indices in kinds.items():
+        took = statistics.median(sum(operations[i].seconds for i in indices) for operations in recorded)
+        lines.append(line(kind, [recorded[0][i] for i in indices], took))
+    return lines
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--models', nargs='+', default=['table3'], help="default: table3, the paper's Table 3")
+    parser.add_argument('--device', help='cuda, cuda:N, mps or cpu (default: the first of these that is there)')
+    parser.add_argument('--precision', choices=('fp32', 'tf32', 'fp16', 'bf16'), default='fp32')
+    parser.add_argument('--memory-format', choices=('contiguous', 'channels_last'), default='contiguous')
+    parser.add_argument('--batch-size', type=int, default=64)
+    parser.add_argument('--img-size', type=int, default=224)
+    parser.add_argument('--passes', type=int, help='forwards recorded, the median counts (default: 10, on a CPU 2)')
+    parser.add_argument('--results', type=Path, default=benchmark.RESULTS_DIR, metavar='DIR')
+    args = parser.parse_args(argv)
+    for name in ('batch_size', 'img_size', 'passes'):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f'--{name.replace("_", "-")} must be at least 1, got {value}')
+    try:
+        device = benchmark.check_device(args.device or benchmark.default_device())
+        settings = Settings(
+            device=str(device), precision=args.precision, memory_format=args.memory_format, batch_size=args.batch_size,
+            img_size=args.img_size, batches=1)
+        benchmark.check_settings(settings)
+        rows = benchmark.check_models(args.models)
+        benchmark.check_folder(args.results)
+        results = RooflineResults(args.results / f'{benchmark.results_name(str(device))}.roofline.csv')
+    except ValueError as e:
+        parser.error(str(e))
+
+    columns = settings.columns()
+    common = {name: columns[name] for name in RooflineResults.key if name in columns}
+    common.update(
+        device=benchmark.device_name(str(device)), date=datetime.date.today().isoformat(), commit=benchmark.commit(),
+        **benchmark.describe_versions(device))
+    failures = 0
+    with benchmark.backend_flags(settings):
+        images = make_images(settings)
+        ceilings = measure_ceilings(device, images.dtype)
+        common.update(
+            copy_bytes_per_s=f'{ceilings["copy"]:.6g}', operations_per_s=f'{ceilings["operations"]:.6g}')
+        for row in tqdm(rows, unit='model', disable=None):
+            try:
+                lines = measure(row, settings, images, ceilings, args.passes or (2 if device.type == 'cpu' else 10))
+            except Exception as e:
+                lines = [dict(kind=FORWARD, error=benchmark.describe_error(e))]
+                failures += 1
+                print(f'{" ".join(row)}: {lines[0]["error"]}', file=sys.stderr)
+            for line in lines:
+                results.put({**dict.fromkeys(results.columns, ''), 'model': row[0], 'arguments': row[1],
+                             **common, **line})
+    print(results.path)
+    return 1 if failures else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
