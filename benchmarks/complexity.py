@@ -103,12 +103,11 @@ def make() -> str:
         model = build(row, img_size, num_classes)
         size = (3, img_size, img_size)
         counts = measure_complexity(model, size)
-        is_peer = table.startswith('peers')
         writer.writerow(dict(
             table=table, model=row[0], arguments=row[1], img_size=img_size, num_classes=num_classes,
-            params=counts.params, macs=counts.macs, paper_flops='' if is_peer else counts.paper_flops,
+            params=counts.params, macs=counts.macs, paper_flops='' if table.startswith('peers') else counts.paper_flops,
             activation_bytes=measure_activation_bytes(model, size),
-            **({} if is_peer else count_mixing(model, img_size))))
+            **(count_mixing(model, img_size) if table == 'sweep' else {})))
     return text.getvalue()
 
 

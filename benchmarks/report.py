@@ -1,51 +1,218 @@
 #!/usr/bin/env python3
-""" Write the tables of README.md and MODEL_CARD.md from what they report: the table of variants and the manifest.
+""" Write the tables of the documents, and the pictures, from what they report: the manifest and benchmarks/results/.
 
-    python benchmarks/report.py            # rewrite the tables in place
+    python benchmarks/report.py            # rewrite them in place
     python benchmarks/report.py --check    # exit status 1 if one is stale
 
-A table stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; all else in a document is left as it is.
+A table stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; all else in a document is left as it is. Nothing
+is measured here, and a picture is drawn only if its results changed.
 """
 import argparse
+import csv
 import re
 import sys
+from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Callable, Dict, List
+from typing import Callable, Dict, Iterator, List, Tuple
 
-import timm
+from roofline import FORWARD, FUSED, RooflineResults
 
+from splitmixer_timm import benchmark_report as reports
 from splitmixer_timm import convmixer, manifest, splitmixer
-from splitmixer_timm.complexity import measure_complexity
+from splitmixer_timm.benchmark import Results
+from splitmixer_timm.benchmark_report import markdown_table as table
+from splitmixer_timm.paper import BASELINE, TABLE3, TOP1
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ('README.md', 'MODEL_CARD.md')
-
-# Table 1 of the paper (arXiv 2207.10255), top-1 in percent
-PAPER_TOP1 = {
-    'cifar10': dict(conv=94.17, i=93.91, ii=92.25, iii=92.52, iv=93.38),
-    'cifar100': dict(conv=73.92, i=72.88, ii=70.44, iii=70.89, iv=71.75),
-    'flowers102': dict(conv=60.47, i=62.03, ii=59.33, iii=59.00, iv=61.51),
-    'food101': dict(conv=74.59, i=73.56, ii=71.74, iii=72.78, iv=72.92),
-}
+RESULTS_DIR = ROOT / 'benchmarks' / 'results'
+DOCUMENTS = ('README.md', 'MODEL_CARD.md', 'benchmarks/README.md')
+NOTHING = 'No results file is in `benchmarks/results/`.'
 
 
-def table(header: List[str], rows: List[List[str]]) -> str:
-    """ Markdown table, the first column to the left and the others to the right."""
-    lines = [header, [':--'] + ['--:'] * (len(header) - 1), *rows]
-    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+def complexity(name: str) -> List[Dict[str, str]]:
+    """ Rows of one table of `complexity.csv`."""
+    with open(RESULTS_DIR / 'complexity.csv', encoding='utf-8', newline='') as f:
+        return [row for row in csv.DictReader(f) if row['table'] == name]
+
+
+def throughput() -> Iterator[Tuple[str, List[Dict[str, str]]]]:
+    """ Each results file of throughput: its name without suffix, and the rows of each setting in it."""
+    for path in sorted(RESULTS_DIR.glob('*.csv')):
+        if path.name != 'complexity.csv' and not path.name.endswith('.roofline.csv'):
+            for rows in reports.group(list(Results(path).rows.values())):
+                yield path.stem, rows
+
+
+def million(text: str) -> str:
+    return f'{int(text) / 1e6:,.1f}'
+
+
+def mebi(text: str) -> str:
+    return f'{int(text) / 2**20:,.1f}'
 
 
 def models_table() -> str:
     """ Size and work of every variant at its default tag."""
-    rows = []
-    for arch, (_, tags) in {**convmixer.VARIANTS, **splitmixer.VARIANTS}.items():
-        model = timm.create_model(arch, device='meta')
-        cfg = model.pretrained_cfg
-        counts = measure_complexity(model, cfg['input_size'])
-        rows.append([
-            f'`{arch}`', ', '.join(f'`{tag}`' for tag in tags), ' x '.join(map(str, cfg['input_size'][1:])),
-            f'{counts.params:,}', f'{counts.macs / 1e6:,.1f}', f'{counts.paper_flops / 1e6:,.1f}'])
-    return table(['model', 'tags (first: default)', 'input', 'parameters', 'MACs (M)', 'paper FLOPS (M)'], rows)
+    variants = {**convmixer.VARIANTS, **splitmixer.VARIANTS}
+    return table(['model', 'tags (first: default)', 'input', 'parameters', 'MACs (M)', 'paper FLOPS (M)'], [
+        [
+            f'`{row["model"]}`', ', '.join(f'`{tag}`' for tag in variants[row['model']][1]),
+            f'{row["img_size"]} x {row["img_size"]}', f'{int(row["params"]):,}', million(row['macs']),
+            million(row['paper_flops']),
+        ]
+        for row in complexity('variants')])
+
+
+def speed_table() -> str:
+    """ Throughput of the paper's five types, the paper's own and each device's in the paper's setting."""
+    devices = [rows for _, rows in throughput() if reports.is_papers(rows)]
+    header = ['model', 'parameters', "paper's V100", 'ratio']
+    columns = []
+    for rows in devices:
+        for protocol in ('paper', 'steady'):
+            if results := reports.measured(rows, protocol):
+                header += [f'{rows[0]["device"]}, {"paper protocol" if protocol == "paper" else protocol}', 'ratio']
+                columns.append(results)
+    params = {(row['model'], row['arguments']): row['params'] for row in complexity('sweep')}
+    lines = []
+    for row, (name, v100) in TABLE3.items():
+        if row[1]:
+            continue
+        line = [name, f'{int(params[row]):,}', reports.number(v100), f'{v100 / TABLE3[BASELINE][1]:.2f}']
+        for results in columns:
+            value = reports.ratio(results, row) if row in results else None
+            line += [reports.number(results[row]['img_per_s']) if row in results else '-',
+                     f'{value:.2f}' if value else '-']
+        lines.append(line)
+    sources = [f'{reports.source(rows)}.' for rows in devices] or ['None of ours is measured yet.']
+    return '\n\n'.join([table(header, lines), *sources])
+
+
+def throughput_tables() -> str:
+    """ Every device, every setting: how it was measured, the table, the picture."""
+    parts = []
+    for name, rows in throughput():
+        parts += [f'### {rows[0]["device"]}: {reports.describe_setting(rows)}', reports.throughput_table(rows)]
+        parts.append(reports.describe(rows))
+        if any(row['img_per_s'] for row in rows):
+            parts.append(f'![{rows[0]["device"]} beside the paper](results/{reports.picture_name(name, rows)})')
+    return '\n\n'.join(parts) or NOTHING
+
+
+def roofline_tables() -> str:
+    """ Every device, every setting: the limits of each model, and where its time goes."""
+    parts = []
+    for path in sorted(RESULTS_DIR.glob('*.roofline.csv')):
+        for rows in reports.group(list(RooflineResults(path).rows.values())):
+            parts += [f'### {rows[0]["device"]}: {reports.describe_setting(rows)}', roofline_table(rows)]
+            parts.append(
+                f'Copy {float(rows[0]["copy_bytes_per_s"]) / 1e9:,.1f} GB/s, matrix product '
+                f'{float(rows[0]["operations_per_s"]) / 1e9:,.0f} GFLOP/s. {reports.source(rows)}.')
+    return '\n\n'.join(parts) or NOTHING
+
+
+def roofline_table(rows: List[Dict[str, str]]) -> str:
+    models: Dict[Tuple[str, str], Dict[str, Dict[str, str]]] = {}
+    for row in rows:
+        models.setdefault((row['model'], row['arguments']), {})[row['kind']] = row
+    # the kinds that take most, first
+    total: Dict[str, float] = {}
+    for row in rows:
+        if row['kind'] not in (FORWARD, FUSED):
+            total[row['kind']] = total.get(row['kind'], 0) + float(row['seconds'])
+    kinds = sorted(total, key=total.get, reverse=True)
+    lines = []
+    for key, by_kind in models.items():
+        forward = by_kind[FORWARD]
+        if forward['error']:
+            lines.append([reports.label(key), 'failed', *['-'] * (3 + len(kinds))])
+            continue
+        took = float(forward['seconds'])
+        limits = [float(by_kind[kind]['limit_seconds']) for kind in (FORWARD, FUSED)]
+        line = [reports.label(key), *(reports.number(1000 * value) for value in (took, *limits)),
+                f'{limits[0] / took:.0%}']
+        for kind in kinds:
+            cell = '-'
+            if kind in by_kind:
+                own = by_kind[kind]
+                cell = f'{1000 * float(own["seconds"]):.3g} / {1000 * float(own["limit_seconds"]):.3g}'
+            line.append(cell)
+        lines.append(line)
+    header = ['model', 'forward (ms)', 'limit (ms)', 'fused limit (ms)', 'limit / forward']
+    return table(header + [f'{kind} / limit (ms)' for kind in kinds], lines)
+
+
+def complexity_table() -> str:
+    """ Every variant with its activation memory."""
+    header = ['model', 'input', 'parameters', 'MACs (M)', 'paper FLOPS (M)', 'activations (MiB)']
+    return table(header, [
+        [
+            f'`{row["model"]}`', f'{row["img_size"]} x {row["img_size"]}', f'{int(row["params"]):,}',
+            million(row['macs']), million(row['paper_flops']), mebi(row['activation_bytes'])]
+        for row in complexity('variants')])
+
+
+def closed_form(row: Tuple[str, str]) -> Tuple[Fraction, Fraction]:
+    """ Share of a full channel mixing that the paper says a row of its Table 3 saves: parameters, FLOPS."""
+    kind, value = TABLE3[row][0].partition(',')[0], Fraction(TABLE3[row][0].partition('= ')[2])
+    if kind == 'I':
+        return 1 - value**2, 1 - value**2
+    square, single = 1 - 1 / value**2, 1 - 1 / value
+    return {'II': (square, square), 'III': (square, single), 'IV': (single, single)}[kind]
+
+
+def sweep_table() -> str:
+    """ The sweeps of Table 3, and what channel mixing saves, by the paper's formulas and as counted."""
+    rows = complexity('sweep')
+    full = rows[0]
+    lines = []
+    for row in rows:
+        key = row['model'], row['arguments']
+        line = [reports.label(key), f'{int(row["params"]):,}', million(row['macs']), million(row['paper_flops']),
+                mebi(row['activation_bytes'])]
+        if key == BASELINE:
+            line += ['-'] * 4
+        else:
+            for expected, name in zip(closed_form(key), ('channel_weights', 'channel_macs')):
+                line += [f'{float(expected):.2%}', f'{1 - int(row[name]) / int(full[name]):.2%}']
+        lines.append(line)
+    header = ['model', 'parameters', 'MACs (M)', 'paper FLOPS (M)', 'activations (MiB)', 'weights saved, formula',
+              'counted', 'MACs saved, formula', 'counted']
+    spatial = [int(full[name]) / int(rows[1][name]) for name in ('spatial_weights', 'spatial_macs')]
+    return table(header, lines) + (
+        f'\n\nSpatial mixing by two 1D kernels of k = 7 has, by formula, k / 2 = 3.5 times fewer weights and MACs; '
+        f'counted:\n{spatial[0]:.1f} and {spatial[1]:.1f} times.')
+
+
+def depth_table() -> str:
+    """ Parameters, MACs and activation memory of each type over the number of blocks."""
+    models: Dict[str, List[Dict[str, str]]] = {}
+    for row in complexity('depth'):
+        models.setdefault(row['model'], []).append(row)
+    depths = [row['arguments'].partition('=')[2] for row in next(iter(models.values()))]
+    return table(['model'] + [f'b = {depth}' for depth in depths], [
+        [
+            f'`{model}`',
+            *(f'{int(row["params"]) / 1e6:.2f} / {million(row["macs"])} / {mebi(row["activation_bytes"])}'
+              for row in rows)]
+        for model, rows in models.items()])
+
+
+def peers_table() -> str:
+    """ Models of timm's beside ours, at each size of image."""
+    variants = complexity('variants')
+    parts = []
+    for name, size, classes in (('peers 32', '32', '10'), ('peers 224', '224', '102'), ('peers in1k', '224', '1000')):
+        own = [row for row in variants if (row['img_size'], row['num_classes']) == (size, classes)]
+        lines = [
+            [
+                f'`{" ".join(filter(None, (row["model"], row["arguments"])))}`', f'{int(row["params"]) / 1e6:.2f}',
+                million(row['macs']), mebi(row['activation_bytes'])]
+            for row in sorted([*own, *complexity(name)], key=lambda row: int(row['macs']))]
+        header = [f'{size} x {size}, {classes} classes', 'parameters (M)', 'MACs (M)', 'activations (MiB)']
+        parts.append(table(header, lines))
+    return '\n\n'.join(parts)
 
 
 def weights_table() -> str:
@@ -53,7 +220,7 @@ def weights_table() -> str:
     rows = []
     for name, entry in sorted(manifest.entries().items()):
         kind = name.split('_')[1] if name.startswith('splitmixer') else 'conv'
-        paper = PAPER_TOP1.get(entry['dataset'], {}).get(kind)
+        paper = TOP1.get(entry['dataset'], {}).get(kind)
         metrics, training = entry['metrics'], entry['training']
         rows.append([
             f'`{name}`', f'{metrics["top1"]:.2f}', f'{metrics["top5"]:.2f}', f'{paper:.2f}' if paper else '-',
@@ -78,6 +245,13 @@ TABLES: Dict[str, Callable[[], str]] = {
     'models': models_table,
     'weights': weights_table,
     'training': training_table,
+    'speed': speed_table,
+    'throughput': throughput_tables,
+    'roofline': roofline_tables,
+    'complexity': complexity_table,
+    'sweep': sweep_table,
+    'depth': depth_table,
+    'peers': peers_table,
 }
 
 
@@ -106,6 +280,16 @@ def main() -> int:
                 temporary = path.with_suffix('.tmp')
                 temporary.write_text(rendered, encoding='utf-8')
                 temporary.replace(path)
+    for name, rows in throughput():
+        picture = RESULTS_DIR / reports.picture_name(name, rows)
+        if any(row['img_per_s'] for row in rows) and not reports.is_drawn(rows, picture):
+            stale.append(picture.name)
+            if not args.check:
+                if find_spec('matplotlib') is None:
+                    print(f"{picture.name} is stale, and to draw it needs matplotlib: pip install -e '.[bench]'",
+                          file=sys.stderr)
+                    return 1
+                reports.draw(rows, picture)
     print(f'{"stale" if args.check else "rewritten"}: {", ".join(stale) or "none"}')
     return 1 if args.check and stale else 0
 

@@ -4,10 +4,10 @@
     python benchmarks/roofline.py --help
 
 Every operation of a forward in eval mode must read its inputs and weights and write its output once, and a convolution
-or matrix product must multiply and add. Two ceilings are measured on the same device: the bytes a second of a large copy
-and the operations a second of a large matrix product. The limit of an operation is the longer of its bytes and its
-operations at these ceilings. The limit of a forward is the sum of its operations', or, if all but convolutions and
-matrix products were fused into these, the sum of theirs.
+or matrix product must multiply and add. Two ceilings are measured on the same device: the bytes a second of a large
+copy and the operations a second of a large matrix product. The limit of an operation is the longer of the times that
+its bytes and its operations take at these. The limit of a forward is the sum of its operations' limits; were all but
+convolutions and matrix products fused into these, the sum of theirs.
 """
 import argparse
 import datetime
@@ -25,7 +25,7 @@ from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 from splitmixer_timm import benchmark
-from splitmixer_timm.benchmark import VERSIONS, Results, Row, Settings, Subject, make_images, seconds
+from splitmixer_timm.benchmark import SETTING, VERSIONS, Results, Row, Settings, Subject, make_images, seconds
 
 KINDS = {
     'activation': ('gelu', 'gelu_', 'relu', 'relu_', 'silu', 'silu_', 'hardswish', 'hardswish_', 'hardtanh'),
@@ -38,7 +38,7 @@ FORWARD, FUSED = 'forward', 'forward, fused'
 
 class RooflineResults(Results):
     """ Results of this script."""
-    key = ('model', 'arguments', 'precision', 'memory_format', 'batch_size', 'img_size', 'device', 'kind')
+    key = ('model', 'arguments', *SETTING, 'kind')
     columns = (
         *key, 'calls', 'bytes', 'operations', 'seconds', 'limit_seconds', 'copy_bytes_per_s', 'operations_per_s',
         'error', 'date', 'commit', *VERSIONS)
@@ -97,15 +97,12 @@ class Recorder(TorchDispatchMode):
         inputs = {id(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}.values()
         outputs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
         storages = {t.untyped_storage().data_ptr() for t in inputs}
-        changes = func._schema.is_mutable
-        if changes or any(t.untyped_storage().data_ptr() not in storages for t in outputs):
+        is_view = not func._schema.is_mutable and all(t.untyped_storage().data_ptr() in storages for t in outputs)
+        moved = 0 if is_view else sum(t.nbytes for t in (*inputs, *outputs))
+        if moved:
             count = flop_registry.get(func.overloadpacket)
-            self.operations.append(Operation(
-                kind_of(func, args),
-                sum(t.nbytes for t in (*inputs, *outputs)),
-                count(*args, **kwargs, out_val=out) if count else 0,
-                elapsed,
-            ))
+            operations = count(*args, **kwargs, out_val=out) if count else 0
+            self.operations.append(Operation(kind_of(func, args), moved, operations, elapsed))
             self.events.append(events)
         return out
 
@@ -124,7 +121,8 @@ def record(step: Any, device: torch.device) -> List[Operation]:
     # not inference mode, under which a composite operation comes as one
     with torch.no_grad():
         if device.type == 'cuda':
-            torch.cuda._sleep(500_000_000)  # so that the GPU finds the next operation waiting, as it does in a plain forward
+            # while the GPU is kept busy the operations queue up: between the events there is no launch then
+            torch.cuda._sleep(500_000_000)
         with recorder:
             step()
     return recorder.finish()
@@ -142,9 +140,14 @@ def measure_ceilings(device: torch.device, dtype: Optional[torch.dtype], repeats
     return dict(copy=2 * source.nbytes / copy, operations=2 * size**3 / product)
 
 
-def measure(row: Row, settings: Settings, images: torch.Tensor, ceilings: Dict[str, float], passes: int) -> \
-        List[Dict[str, str]]:
-    """ Results of a model: a row for each kind of operation, one for the forward as it runs, one for the fused limit."""
+def measure(
+        row: Row,
+        settings: Settings,
+        images: torch.Tensor,
+        ceilings: Dict[str, float],
+        passes: int,
+) -> List[Dict[str, str]]:
+    """ Results of a model: a row for the forward as it runs, for its fused limit, and for each kind of operation."""
     subject = Subject(row, settings, images)
     subject.warm_up()
     with torch.inference_mode():
@@ -196,11 +199,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     except ValueError as e:
         parser.error(str(e))
 
-    columns = settings.columns()
-    common = {name: columns[name] for name in RooflineResults.key if name in columns}
-    common.update(
-        device=benchmark.device_name(str(device)), date=datetime.date.today().isoformat(), commit=benchmark.commit(),
-        **benchmark.describe_versions(device))
+    common = dict(
+        **settings.columns(), device=benchmark.device_name(str(device)), date=datetime.date.today().isoformat(),
+        commit=benchmark.commit(), **benchmark.describe_versions(device))
     failures = 0
     with benchmark.backend_flags(settings):
         images = make_images(settings)
@@ -214,9 +215,11 @@ def main(argv: Optional[List[str]] = None) -> int:
                 lines = [dict(kind=FORWARD, error=benchmark.describe_error(e))]
                 failures += 1
                 print(f'{" ".join(row)}: {lines[0]["error"]}', file=sys.stderr)
+            setting = (*row, *(common[name] for name in SETTING))
+            results.rows = {key: old for key, old in results.rows.items() if key[:-1] != setting}
             for line in lines:
-                results.put({**dict.fromkeys(results.columns, ''), 'model': row[0], 'arguments': row[1],
-                             **common, **line})
+                results.put({
+                    **dict.fromkeys(results.columns, ''), **dict(model=row[0], arguments=row[1]), **common, **line})
     print(results.path)
     return 1 if failures else 0
 

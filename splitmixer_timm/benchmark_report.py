@@ -129,7 +129,7 @@ def describe_setting(rows: Rows) -> str:
 
 def _values(rows: Rows, name: str, title: str) -> List[str]:
     """ At most one phrase: the values that rows have in a column, with its title put where the {} is."""
-    values = sorted({row[name] for row in rows if row[name]})
+    values = sorted({row[name] for row in rows if row.get(name)})
     return [title.format(' / '.join(values))] if values else []
 
 
@@ -219,6 +219,7 @@ def draw(rows: Rows, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import EngFormatter
 
     results = {protocol: measured(rows, protocol) for protocol in ('steady', 'paper')}
     ours = results['steady'] or results['paper']
@@ -246,6 +247,8 @@ def draw(rows: Rows, path: Path) -> None:
             left.annotate(label(row), (params[row], float(ours[row]['img_per_s'])), xytext=(6, 4),
                           textcoords='offset points', fontsize=8)
     left.set(xscale='log', yscale='log', xlabel='parameters', ylabel='images / s', title='Throughput and size')
+    left.xaxis.set_major_formatter(EngFormatter(sep=''))
+    left.xaxis.set_minor_formatter(EngFormatter(sep=''))
 
     shown = [row for row in dict.fromkeys(map(_row, rows)) if row in TABLE3 or row in ours][::-1]
     for y, row in enumerate(shown):
@@ -268,6 +271,8 @@ def draw(rows: Rows, path: Path) -> None:
     points(right, {row: (accuracies[row], float(ours[row]['img_per_s'])) for row in accuracies if row in ours}, True)
     right.set(yscale='log', xlabel="Flowers102 top-1 % (the paper's)", ylabel='images / s',
               title='Throughput and accuracy')
+    for axes in (left, right):
+        axes.yaxis.set_major_formatter(EngFormatter(sep=''))
 
     handles = [
         Line2D([], [], linestyle='none', marker=shape, color=colour, markersize=8, label=kind)

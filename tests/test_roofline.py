@@ -1,0 +1,178 @@
+""" benchmarks/roofline.py: the least work of each operation, and where the time goes. """
+import sys
+
+import pytest
+import timm
+import torch
+from conftest import ROOT
+from torch import nn
+
+from splitmixer_timm.benchmark import Settings, build_model, make_images
+from splitmixer_timm.complexity import measure_complexity
+
+sys.path.insert(0, str(ROOT / 'benchmarks'))
+import report  # noqa: E402
+import roofline  # noqa: E402
+
+CPU = torch.device('cpu')
+TINY = Settings(batch_size=2, img_size=28, batches=1)
+CEILINGS = dict(copy=1e9, operations=1e10)
+
+
+def record(module, *inputs):
+    return roofline.record(lambda: module(*inputs), CPU)
+
+
+class TestOperations:
+    @pytest.mark.parametrize(('conv', 'kind', 'operations'), [
+        (nn.Conv2d(8, 8, 1), 'pointwise', 2 * 8 * 8 * 36),
+        (nn.Conv2d(8, 8, (1, 3), groups=8, padding='same'), 'depthwise', 2 * 8 * 3 * 36),
+        (nn.Conv2d(8, 8, 2, 2), 'convolution', 2 * 8 * 8 * 4 * 9),
+    ])
+    def test_convolution(self, conv, kind, operations):
+        x = torch.randn(1, 8, 6, 6)
+        operation, = record(conv, x)
+        assert (operation.kind, operation.operations) == (kind, operations)
+        assert operation.bytes == 4 * (x.numel() + conv.weight.numel() + conv.bias.numel() + conv(x).numel())
+        assert operation.seconds > 0
+
+    def test_views_are_free_and_copies_are_not(self):
+        x = torch.randn(4, 8, 3, 3)
+        assert record(lambda x: x.split([5, 3], dim=1)[0].transpose(0, 1), x) == []
+        copy, = record(lambda x: torch.cat((x[:, 4:], x[:, :4]), dim=1), x)
+        assert (copy.kind, copy.bytes, copy.operations) == ('copy', 2 * x.nbytes, 0)
+
+    @pytest.mark.parametrize(('work', 'kind', 'tensors'), [
+        (lambda x: x + x, 'sum', 2), (nn.functional.gelu, 'activation', 2), (lambda x: x.relu_(), 'activation', 2),
+        (lambda x: x.mean((2, 3), keepdim=True).expand_as(x), 'other', 1.25)])
+    def test_elementwise(self, work, kind, tensors):
+        x = torch.randn(2, 3, 2, 2)
+        operation, = record(work, x)
+        assert (operation.kind, operation.bytes, operation.operations) == (kind, tensors * x.nbytes, 0)
+
+    def test_limit(self):
+        assert roofline.Operation('x', 100, 10, 0.).limit(50., 100.) == 2.
+        assert roofline.Operation('x', 100, 1000, 0.).limit(50., 100.) == 10.
+
+    @pytest.mark.parametrize('row', [
+        ('convmixer_256_8_ks7_p7', ''), ('splitmixer_i_256_8_ks7_p7', ''), ('splitmixer_iii_256_8_ks7_p7', ''),
+        ('splitmixer_iv_256_8_ks7_p7', 'num_segments=3'), ('splitmixer_3d_256_8_ks7_p7', ''),
+        ('vit_tiny_patch16_224', '')])
+    def test_operations_are_those_counted(self, row):
+        """ Two for each MAC of each image, and none is left out."""
+        settings = Settings(batch_size=2, img_size=32)
+        operations = record(build_model(row, 32).eval(), make_images(settings))
+        macs = measure_complexity(build_model(row, 32), (3, 32, 32)).macs
+        assert sum(operation.operations for operation in operations) == 2 * 2 * macs
+        if row[0].startswith('splitmixer'):
+            counts = {kind: sum(o.kind == kind for o in operations) for kind in ('depthwise', 'activation', 'norm')}
+            assert counts == {'depthwise': 16, 'activation': 25, 'norm': 25}
+
+
+def test_ceilings():
+    """ Of the right unit: this machine copies more than 100 MB/s and less than 10 TB/s."""
+    ceilings = roofline.measure_ceilings(CPU, torch.float32, repeats=1)
+    assert 1e8 < ceilings['copy'] < 1e13
+    assert 1e8 < ceilings['operations'] < 1e15
+
+
+def test_measure():
+    lines = roofline.measure(('splitmixer_i_256_8_ks7_p7', ''), TINY, make_images(TINY), CEILINGS, passes=2)
+    by_kind = {line['kind']: line for line in lines}
+    assert [*by_kind][:2] == [roofline.FORWARD, roofline.FUSED]
+    kinds = [line for line in lines[2:]]
+    assert {line['kind'] for line in kinds} == {
+        'convolution', 'depthwise', 'pointwise', 'activation', 'norm', 'sum', 'copy', 'product', 'other'}
+    forward = by_kind[roofline.FORWARD]
+    for name in ('calls', 'bytes', 'operations'):
+        assert sum(int(line[name]) for line in kinds) == int(forward[name])
+    assert sum(float(line['limit_seconds']) for line in kinds) == pytest.approx(
+        float(forward['limit_seconds']), rel=1e-4)
+    assert float(by_kind[roofline.FUSED]['limit_seconds']) < float(forward['limit_seconds'])
+    assert float(forward['seconds']) > 0
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(roofline, 'measure_ceilings', lambda device, dtype: CEILINGS)
+
+    def run(*args):
+        try:
+            status = roofline.main([
+                '--device', 'cpu', '--batch-size', '2', '--img-size', '28', '--results', str(tmp_path), *args])
+        except SystemExit as e:
+            status = e.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_script_and_table(run, tmp_path, monkeypatch):
+    models = ['--models', 'splitmixer_ii_256_8_ks7_p7', 'convmixer_256_8_ks7_p7']
+    assert run(*models)[0] == 0
+    path, = tmp_path.iterdir()
+    assert path.name.endswith('.roofline.csv')
+    rows = roofline.RooflineResults(path).rows
+    assert run(*models)[0] == 0
+    assert roofline.RooflineResults(path).rows.keys() == rows.keys()  # replaced, not doubled
+
+    monkeypatch.setattr(report, 'RESULTS_DIR', tmp_path)
+    text = report.roofline_tables()
+    assert 'inference, fp32, batch 2, 28 x 28' in text
+    assert f'torch {torch.__version__}' in text
+    table = [line.split('|') for line in text.splitlines() if line.startswith('|')]
+    assert [line[1].strip() for line in table[2:]] == ['ConvMixer', 'II, s = 2']
+    assert any('copy' in cell for cell in table[0])
+    assert table[2][[i for i, cell in enumerate(table[0]) if 'copy' in cell][0]].strip() == '-'
+
+
+def test_failing_model(run, tmp_path, monkeypatch):
+    models = ['--models', 'convmixer_256_8_ks7_p7', 'splitmixer_i_256_8_ks7_p7']
+    assert run(*models)[0] == 0
+    build = roofline.Subject
+
+    def fail(row, *args):
+        if row[0].startswith('convmixer'):
+            raise RuntimeError('no luck')
+        return build(row, *args)
+
+    monkeypatch.setattr(roofline, 'Subject', fail)
+    status, _, err = run(*models)
+    assert (status, err) == (1, 'convmixer_256_8_ks7_p7 : RuntimeError: no luck\n')
+    path, = tmp_path.iterdir()
+    rows = list(roofline.RooflineResults(path).rows.values())
+    assert [row['kind'] for row in rows if row['model'].startswith('convmixer')] == [roofline.FORWARD]
+    monkeypatch.setattr(report, 'RESULTS_DIR', tmp_path)
+    assert '| ConvMixer | failed | - |' in report.roofline_tables()
+
+
+@pytest.mark.parametrize(('args', 'words'), [
+    (['--device', 'warp'], "got 'warp'"), (['--models', 'nonesuch'], "unknown model 'nonesuch'"),
+    (['--batch-size', '0'], '--batch-size must be at least 1, got 0'), (['--passes', '-1'], '--passes must be'),
+    (['--precision', 'tf32'], 'needs a CUDA device'), (['--results', __file__], 'results cannot be written'),
+])
+def test_bad_requests(run, args, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(roofline, 'measure', lambda *args: pytest.fail('work was started'))
+    status, out, err = run(*args)
+    assert (status, out) == (2, '')
+    assert words in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA')
+def test_cuda():
+    """ Timed within one stream, the operations take about as long as the forward that they make up."""
+    device = torch.device('cuda')
+    settings = Settings(device='cuda', batch_size=32)
+    images = make_images(settings)
+    ceilings = roofline.measure_ceilings(device, torch.float32)
+    forward, _, *kinds = roofline.measure(('splitmixer_i_256_8_ks7_p7', ''), settings, images, ceilings, passes=5)
+    assert sum(float(line['seconds']) for line in kinds) == pytest.approx(float(forward['seconds']), rel=0.3)
+    assert float(forward['seconds']) > float(forward['limit_seconds']) / 2
+
+
+def test_peers_run():
+    """ A model of timm's has no operation that breaks the recording."""
+    operations = record(timm.create_model('mobilenetv3_small_100').eval(), torch.randn(1, 3, 32, 32))
+    assert {'depthwise', 'pointwise', 'norm', 'activation'} <= {operation.kind for operation in operations}
