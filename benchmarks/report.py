@@ -65,15 +65,13 @@ def models_table() -> str:
 
 
 def speed_table() -> str:
-    """ Throughput of the paper's five types, the paper's own and each device's in the paper's setting."""
-    devices = [rows for _, rows in throughput() if reports.is_papers(rows)]
+    """ Throughput of the paper's base models, the paper's own and each device's in the paper's setting."""
+    devices = [rows for _, rows in throughput() if reports.is_papers(rows) and reports.measured(rows, 'steady')]
     header = ['model', 'parameters', "paper's V100", 'ratio']
     columns = []
     for rows in devices:
-        for protocol in ('paper', 'steady'):
-            if results := reports.measured(rows, protocol):
-                header += [f'{rows[0]["device"]}, {"paper protocol" if protocol == "paper" else protocol}', 'ratio']
-                columns.append(results)
+        header += [rows[0]['device'], 'ratio']
+        columns.append(reports.measured(rows, 'steady'))
     params = {(row['model'], row['arguments']): row['params'] for row in complexity('sweep')}
     lines = []
     for row, (name, v100) in TABLE3.items():

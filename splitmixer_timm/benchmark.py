@@ -386,7 +386,7 @@ class Subject:
             params=str(self.params),
             warm_up=str(self.warm_up_batches),
             stable={None: '', True: 'yes', False: 'no'}[self.is_stable],
-            timer='cuda events' if cuda else 'wall clock',
+            timer='CUDA events' if cuda else 'wall clock',
             peak_memory_mib=peak,
             **{name: state[name] for name in ('other_processes', 'sm_mhz', 'sm_mhz_max')},
         )

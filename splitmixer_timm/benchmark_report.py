@@ -156,8 +156,8 @@ def describe(rows: Rows) -> str:
     if paper:
         differs = []
         if any(row['batches'] != '100' for row in paper):
-            differs.append(f'{_extent(int(row["batches"]) for row in paper)} batches, not 100')
-        if any(row['timer'] != 'cuda events' for row in paper):
+            differs.append(f'fed {_extent(int(row["batches"]) for row in paper)} times, not 100')
+        if any(row['timer'] != 'CUDA events' for row in paper):
             differs.append('a wall clock, not CUDA events')
         sentences.append(
             'Paper protocol: one batch fed 100 times, a pair of CUDA events around each forward, no eval mode, no '
@@ -219,7 +219,7 @@ def draw(rows: Rows, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     results = {protocol: measured(rows, protocol) for protocol in ('steady', 'paper')}
     ours = results['steady'] or results['paper']
@@ -247,8 +247,6 @@ def draw(rows: Rows, path: Path) -> None:
             left.annotate(label(row), (params[row], float(ours[row]['img_per_s'])), xytext=(6, 4),
                           textcoords='offset points', fontsize=8)
     left.set(xscale='log', yscale='log', xlabel='parameters', ylabel='images / s', title='Throughput and size')
-    left.xaxis.set_major_formatter(EngFormatter(sep=''))
-    left.xaxis.set_minor_formatter(EngFormatter(sep=''))
 
     shown = [row for row in dict.fromkeys(map(_row, rows)) if row in TABLE3 or row in ours][::-1]
     for y, row in enumerate(shown):
@@ -271,8 +269,10 @@ def draw(rows: Rows, path: Path) -> None:
     points(right, {row: (accuracies[row], float(ours[row]['img_per_s'])) for row in accuracies if row in ours}, True)
     right.set(yscale='log', xlabel="Flowers102 top-1 % (the paper's)", ylabel='images / s',
               title='Throughput and accuracy')
-    for axes in (left, right):
-        axes.yaxis.set_major_formatter(EngFormatter(sep=''))
+    for axis in (left.xaxis, left.yaxis, right.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(EngFormatter(sep=''))
+        axis.set_minor_formatter(NullFormatter())
 
     handles = [
         Line2D([], [], linestyle='none', marker=shape, color=colour, markersize=8, label=kind)

@@ -23,6 +23,15 @@ TINY = Settings(batch_size=2, img_size=28, batches=2, repeats=3)
 ROWS = [('convmixer_256_8_ks7_p7', ''), ('splitmixer_ii_256_8_ks7_p7', 'num_segments=3')]
 
 
+@pytest.fixture(scope='module', autouse=True)
+def _one_thread():
+    """ Threads that wait for one another take most of the time where other work runs beside."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Probe(torch.nn.Module):
     """ Keeps how it was called."""
 
@@ -522,7 +531,7 @@ def rows(tmp_path_factory):
     results = Results(tmp_path_factory.mktemp('results') / 'results.csv')
     run(ROWS, TINY, results)
     gpu = dict(
-        device='A GPU', timer='cuda events', batches='100', other_processes='0', peak_memory_mib='1234.5',
+        device='A GPU', timer='CUDA events', batches='100', other_processes='0', peak_memory_mib='1234.5',
         stable='yes')
     steady = [{**row, **gpu} for row in rows_of(results)]
     return [*steady, *({**row, 'protocol': 'paper', 'rates': row['img_per_s']} for row in steady)]
@@ -546,7 +555,7 @@ class TestReport:
         assert 'not the paper' not in text
         assert 'Only process on the GPU: yes' in text
         for change, words in ((dict(timer='wall clock'), 'a wall clock, not CUDA events'),
-                              (dict(batches='9'), '9 batches, not 100')):
+                              (dict(batches='9'), 'fed 9 times, not 100')):
             text = benchmark_report.describe([{**row, **change} for row in rows])
             assert "**not the paper's protocol** here: " in text
             assert words in text
@@ -581,9 +590,65 @@ class TestReport:
         assert [p.name for p in tmp_path.iterdir() if p.suffix == '.png' or p.suffix == '.tmp'] == ['picture.png']
 
 
+class TestDocuments:
+    """ What benchmarks/report.py makes of results files."""
+
+    @pytest.fixture
+    def run_report(self, tmp_path, monkeypatch):
+        monkeypatch.syspath_prepend(str(ROOT / 'benchmarks'))
+        import report
+        monkeypatch.setattr(report, 'ROOT', tmp_path)
+        monkeypatch.setattr(report, 'RESULTS_DIR', tmp_path / 'benchmarks' / 'results')
+        report.RESULTS_DIR.mkdir(parents=True)
+        for document in [*report.DOCUMENTS, 'benchmarks/results/complexity.csv']:
+            (tmp_path / document).write_bytes((ROOT / document).read_bytes())
+
+        def run_report(*args):
+            monkeypatch.setattr(sys, 'argv', ['report.py', *args])
+            return report.main()
+
+        return run_report
+
+    @pytest.fixture
+    def device(self, rows, tmp_path, run_report):
+        """ Results of a device in the paper's setting."""
+        results = Results(tmp_path / 'benchmarks' / 'results' / 'a-gpu.csv')
+        for row in rows:
+            results.put({**row, **Settings().columns()})
+        return results
+
+    def test_without_results(self, run_report, tmp_path):
+        assert run_report() == 0
+        assert 'None of ours is measured yet.' in (tmp_path / 'README.md').read_text()
+        assert (tmp_path / 'benchmarks' / 'README.md').read_text().count('No results file is in') == 2
+        assert run_report('--check') == 0
+
+    def test_with_results(self, run_report, device, tmp_path, capsys):
+        assert run_report('--check') == 1
+        assert capsys.readouterr().out == 'stale: README.md, benchmarks/README.md, a-gpu.png\n'
+        assert run_report() == 0
+        assert run_report('--check') == 0
+        readme = (tmp_path / 'README.md').read_text()
+        assert "| model | parameters | paper's V100 | ratio | A GPU | ratio |" in readme
+        assert '| II, s = 2 | 241,766 | 2,322 | 2.85 | - | - |' in readme
+        assert f'A GPU, {torch.get_num_threads()} threads, torch {torch.__version__}' in readme
+        long = (tmp_path / 'benchmarks' / 'README.md').read_text()
+        assert '### A GPU: inference, fp32, batch 64, 224 x 224' in long
+        assert '![A GPU beside the paper](results/a-gpu.png)' in long
+        row = next(iter(device.rows.values()))
+        device.put({**row, 'img_per_s': '1.5'})
+        assert run_report('--check') == 1
+
+    def test_picture_without_matplotlib(self, run_report, device, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr('report.find_spec', lambda name: None)
+        assert run_report() == 1
+        assert "needs matplotlib: pip install -e '.[bench]'" in capsys.readouterr().err
+        assert not (tmp_path / 'benchmarks' / 'results' / 'a-gpu.png').exists()
+
+
 @pytest.mark.skipif(not SCRIPTS, reason="SPLITMIXER_TIMM_SCRIPTS does not name a folder with timm's benchmark.py")
 def test_agrees_with_timms_benchmark(tmp_path):
-    """ timm's script and ours, in turn, on the same network and batch: the best of each differ by less than 40 %.
+    """ timm's script and ours, in turn, same network, batch and one thread: the best of each differ by less than 40 %.
 
     So wide because other work on the machine can slow either at any time; it still tells a wrong count of images, a
     training step or another network from noise.
@@ -596,7 +661,7 @@ def test_agrees_with_timms_benchmark(tmp_path):
             sys.executable, '-m', 'splitmixer_timm.run', os.path.join(SCRIPTS, 'benchmark.py'), '--model', row[0],
             '--bench', 'inference', '--device', 'cpu', '--batch-size', '8', '--num-classes', '102',
             '--num-warm-iter', '3', '--num-bench-iter', '10', '--results-format', 'json', '--results-file', file,
-        ], check=True, capture_output=True, env={**os.environ, 'PYTHONPATH': str(ROOT)})
+        ], check=True, capture_output=True, env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'})
         result = json.loads(file.read_text())
         assert (result['infer_batch_size'], result['infer_img_size']) == (8, 32)
         theirs.append(result['infer_samples_per_sec'])
@@ -614,7 +679,7 @@ class TestCuda:
         settings = replace(TINY, protocol=protocol, device='cuda')
         assert run(ROWS, settings, results) == 0, rows_of(results)
         for row in rows_of(results):
-            assert row['timer'] == 'cuda events'
+            assert row['timer'] == 'CUDA events'
             assert float(row['img_per_s']) > 0
             assert float(row['peak_memory_mib']) >= int(row['params']) * 4 / 2**20
             assert row['device'] == torch.cuda.get_device_name()

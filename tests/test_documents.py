@@ -41,9 +41,9 @@ def test_ci_runs_the_readme():
 
 
 def test_links():
-    for document in ('README.md', 'MODEL_CARD.md'):
-        text = (ROOT / document).read_text(encoding='utf-8')
-        for target in re.findall(r'\]\((?!https?:)([^)#]+)\)', text):
-            assert (ROOT / target).exists(), f'{document} links to {target}'
+    for document in ('README.md', 'MODEL_CARD.md', 'benchmarks/README.md'):
+        path = ROOT / document
+        for target in re.findall(r'\]\((?!https?:)([^)#]+)\)', path.read_text(encoding='utf-8')):
+            assert (path.parent / target).exists(), f'{document} links to {target}'
     for path in re.findall(r'`((?:splitmixer_timm|weights|benchmarks|tests)/[\w./]+)`', README):
         assert (ROOT / path).exists(), path

@@ -64,7 +64,7 @@ def test_wheel_holds_what_it_must(dist):
     assert not [n for n in names if n.startswith(('tests', 'benchmarks', 'weights'))]
     assert not [n for n in names if n.startswith('splitmixer_timm/weights/') and n.endswith('.py')]
     for line in ('Name: splitmixer-timm', 'Requires-Python: >=3.10', 'License-Expression: Apache-2.0',
-                 'Requires-Dist: pillow<13', 'Provides-Extra: export', 'Provides-Extra: test'):
+                 'Requires-Dist: pillow<13', 'Provides-Extra: bench', 'Provides-Extra: export', 'Provides-Extra: test'):
         assert line in metadata
     assert 'SplitMixer for timm' in metadata
 
@@ -89,6 +89,12 @@ def test_command_line(installed):
     assert answer['model'] == NAME
     assert answer['images'][0]['predictions'][0]['label'] == 'airplane'
     assert installed('-m', 'splitmixer_timm', 'verify').startswith('ok')
+    out = installed(
+        '-m', 'splitmixer_timm', 'benchmark', '--device', 'cpu', '--models', 'splitmixer_i_256_8', '--img-size', '8',
+        '--batch-size', '1', '--batches', '1', '--repeats', '1', '--no-plot')
+    assert '| splitmixer_i_256_8 |' in out
+    results, = (installed.site.parent / 'benchmarks' / 'results').iterdir()
+    assert results.suffix == '.csv'
 
 
 def test_from_a_bare_checkout(tmp_path):
