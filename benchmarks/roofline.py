@@ -33,6 +33,12 @@ KINDS = {
     'sum': ('add', 'add_'),
     'copy': ('cat', 'stack', 'clone', 'copy_', '_to_copy'),
 }
+# torch 2.11 has no formula for the attention of CPUs; it is the same work as the GPUs'
+FORMULAS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+        flop_registry[torch.ops.aten._scaled_dot_product_flash_attention],
+    **flop_registry,
+}
 FORWARD, FUSED = 'forward', 'forward, fused'
 
 
@@ -62,7 +68,7 @@ def kind_of(func: Any, args: Any) -> str:
     if name == 'convolution':
         weight, groups = args[1], args[8]
         return 'depthwise' if groups > 1 else 'pointwise' if weight.shape[2:].numel() == 1 else 'convolution'
-    if func.overloadpacket in flop_registry:
+    if func.overloadpacket in FORMULAS:
         return 'product'
     return next((kind for kind, names in KINDS.items() if name in names), 'other')
 
@@ -100,7 +106,7 @@ class Recorder(TorchDispatchMode):
         is_view = not func._schema.is_mutable and all(t.untyped_storage().data_ptr() in storages for t in outputs)
         moved = 0 if is_view else sum(t.nbytes for t in (*inputs, *outputs))
         if moved:
-            count = flop_registry.get(func.overloadpacket)
+            count = FORMULAS.get(func.overloadpacket)
             operations = count(*args, **kwargs, out_val=out) if count else 0
             self.operations.append(Operation(kind_of(func, args), moved, operations, elapsed))
             self.events.append(events)
