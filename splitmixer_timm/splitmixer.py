@@ -51,20 +51,11 @@ _NORM_LAYERS = {
 
 def _integer(name: str, value: Any, low: int) -> int:
     """ Integer of at least `low` from an int or its decimal string, never from a bool or a float."""
-    number = value
-    if isinstance(value, str):
-        try:
-            number = int(value)
-        except ValueError:
-            number = None
-    elif isinstance(value, bool):
+    try:
+        number = int(value) if isinstance(value, str) else operator.index(value)
+    except (TypeError, ValueError):
         number = None
-    else:
-        try:
-            number = operator.index(value)
-        except TypeError:
-            number = None
-    if number is None or number < low:
+    if number is None or isinstance(value, bool) or number < low:
         raise ValueError(f'{name} must be an integer of at least {low}, got {value!r}.')
     return number
 
