@@ -10,7 +10,8 @@ import argparse
 import re
 import sys
 from pathlib import Path
-from typing import Callable, Dict, List
+from statistics import mean, stdev
+from typing import Any, Callable, Dict, List
 
 import timm
 
@@ -48,18 +49,30 @@ def models_table() -> str:
     return table(['model', 'tags (first: default)', 'input', 'parameters', 'MACs (M)', 'paper FLOPS (M)'], rows)
 
 
+def seeds_cell(entry: Dict[str, Any]) -> str:
+    """ Seed of a model, and over several runs the mean and the standard deviation of their top-1."""
+    seeds = entry['metrics'].get('seeds')
+    if not seeds:
+        return str(entry['training']['seed'])
+    return f'{", ".join(seeds)}: {mean(seeds.values()):.2f} +- {stdev(seeds.values()):.2f}'
+
+
 def weights_table() -> str:
     """ What each pretrained model measured, beside the paper's figure."""
     rows = []
     for name, entry in sorted(manifest.entries().items()):
         kind = name.split('_')[1] if name.startswith('splitmixer') else 'conv'
         paper = PAPER_TOP1.get(entry['dataset'], {}).get(kind)
+        model = timm.create_model(name, device='meta')
+        counts = measure_complexity(model, model.pretrained_cfg['input_size'])
         metrics, training = entry['metrics'], entry['training']
         rows.append([
             f'`{name}`', f'{metrics["top1"]:.2f}', f'{metrics["top5"]:.2f}', f'{paper:.2f}' if paper else '-',
-            f'{metrics["images"]:,}', str(training['epochs']), str(training['seed']),
-            f'{entry["bytes"] / 1e6:.1f} MB', training['date']])
-    header = ['weights', 'top-1 %', 'top-5 %', "paper's top-1 %", 'test images', 'epochs', 'seed', 'size', 'trained']
+            f'{counts.params:,}', f'{counts.paper_flops / 1e6:,.1f}', f'{metrics["images"]:,}', str(training['epochs']),
+            seeds_cell(entry), f'[log](weights/{training["summary"]})'])
+    header = [
+        'weights', 'top-1 %', 'top-5 %', "paper's top-1 %", 'parameters', 'paper FLOPS (M)', 'test images', 'epochs',
+        'seeds', 'log']
     return table(header, rows)
 
 
@@ -70,8 +83,9 @@ def training_table() -> str:
         training = entry['training']
         rows.append([
             f'`{name}`', training['recipe'], training['machine'], f'{training["hours"]:.1f} h',
-            f'torch {training["torch"]}, timm {training["timm"]}', f'[`args.yaml`](weights/{training["args"]})'])
-    return table(['weights', 'recipe', 'machine', 'time', 'versions', 'arguments'], rows)
+            f'torch {training["torch"]}, timm {training["timm"]}', training['date'],
+            f'[`args.yaml`](weights/{training["args"]})', f'[curves](weights/{training["curves"]})'])
+    return table(['weights', 'recipe', 'machine', 'time', 'versions', 'date', 'arguments', 'curves'], rows)
 
 
 TABLES: Dict[str, Callable[[], str]] = {
