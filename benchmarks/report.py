@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-""" Write the tables of README.md and MODEL_CARD.md from what they report: the table of variants and the manifest.
+""" Write the tables of README.md and MODEL_CARD.md from what they report: the table of variants, the manifest, and what
+the card of each model says.
 
     python benchmarks/report.py            # rewrite the tables in place
     python benchmarks/report.py --check    # exit status 1 if one is stale
@@ -16,6 +17,7 @@ from typing import Any, Callable, Dict, List
 import timm
 
 from splitmixer_timm import convmixer, manifest, splitmixer
+from splitmixer_timm.card import DATASETS, LIMITS
 from splitmixer_timm.complexity import measure_complexity
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,10 +90,24 @@ def training_table() -> str:
     return table(['weights', 'recipe', 'machine', 'time', 'versions', 'date', 'arguments', 'curves'], rows)
 
 
+def data_table() -> str:
+    """ The data sets, as the card of each model tells of its own."""
+    rows = [[data.name, f'[{data.hub_id}](https://huggingface.co/datasets/{data.hub_id})', data.content, data.source]
+            for data in DATASETS.values()]
+    return table(['data set', 'on the Hub', 'images', 'source'], rows)
+
+
+def limits() -> str:
+    """ What the card of each model says of its limits, and of the bias of its data set."""
+    return '\n'.join([LIMITS, *(f'- {data.name}: {data.bias}.' for data in DATASETS.values())])
+
+
 TABLES: Dict[str, Callable[[], str]] = {
     'models': models_table,
     'weights': weights_table,
     'training': training_table,
+    'data': data_table,
+    'limits': limits,
 }
 
 

@@ -33,13 +33,8 @@ from timm.models import load_state_dict
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from . import manifest
+from .runs import public_args, read_args, read_summary
 
-# what in a run's arguments is a place on the machine it ran on
-PATH_ARGS = {
-    'config': '<CONFIG>', 'data': '<DATA_DIR>', 'data_dir': '<DATA_DIR>', 'output': '<OUTPUT_DIR>',
-    'resume': '<RESUME>', 'initial_checkpoint': '<CHECKPOINT>', 'pretrained_path': '<CHECKPOINT>',
-    'class_map': '<CLASS_MAP>',
-}
 ELAPSED = 'elapsed.txt'  # seconds of each part of a run that was cut off and resumed, a line each
 BUFFERS = ('running_mean', 'running_var', 'num_batches_tracked')
 
@@ -59,16 +54,6 @@ def planned_epochs(run_args: Dict[str, Any]) -> int:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=run_args['lr'] or 1.)
     kwargs = scheduler_kwargs(argparse.Namespace(**run_args))
     return create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=1000)[1]
-
-
-def read_summary(run_dir: Path) -> List[Dict[str, str]]:
-    """ A row of summary.csv for each epoch that the run has finished; none where it has not begun.
-
-    A resumed run writes the header again, and an epoch that was cut off before its checkpoint was written as well.
-    """
-    path = run_dir / 'summary.csv'
-    rows = csv.DictReader(path.read_text().splitlines()) if path.is_file() else []
-    return list({row['epoch']: row for row in rows if row['epoch'] != 'epoch'}.values())
 
 
 def training_hours(run_dir: Path) -> float:
@@ -122,19 +107,9 @@ def validate(
     return json.loads(results.read_text())
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """ Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'{path.name}.tmp')
-    temporary.write_bytes(content)
-    temporary.replace(path)
-
-
 def _checked_run(run_dir: Path, arch: str) -> Dict[str, Any]:
     """ Arguments of a run, or a ValueError if it is not a finished one of that architecture."""
-    if not (run_dir / 'args.yaml').is_file():
-        raise ValueError(f'{run_dir} is not an output folder of train.py: it has no args.yaml')
-    run_args = yaml.safe_load((run_dir / 'args.yaml').read_text())
+    run_args = read_args(run_dir)
     epochs, planned = len(read_summary(run_dir)), planned_epochs(run_args)
     if epochs != planned:
         raise ValueError(f'{run_dir} has {epochs} of {planned} epochs: train it to the end first')
@@ -221,7 +196,6 @@ def add_runs(
     }
     if len(results) > 1:
         entry['metrics']['seeds'] = {str(a['seed']): r['top1'] for a, r in zip(all_args, results)}
-    public_args = {k: PATH_ARGS[k] if k in PATH_ARGS and v else v for k, v in run_args.items()}
     summary = io.StringIO()
     writer = csv.DictWriter(summary, fieldnames=rows[0].keys(), lineterminator='\n')
     writer.writeheader()
@@ -229,13 +203,11 @@ def add_runs(
     curves = plot_curves(rows, f'{name}, seed {run_args["seed"]}')
 
     folder = manifest.WEIGHTS_DIR
-    zoo = json.loads((folder / 'manifest.json').read_text(encoding='utf-8'))
-    zoo['models'] = dict(sorted({**zoo['models'], name: entry}.items()))
-    replace_file(folder / entry['training']['args'], yaml.safe_dump(public_args).encode())
-    replace_file(folder / entry['training']['summary'], summary.getvalue().encode())
-    replace_file(folder / entry['training']['curves'], curves)
-    replace_file(folder / entry['file'], content)
-    replace_file(folder / 'manifest.json', (json.dumps(zoo, indent=2) + '\n').encode())
+    manifest.replace_file(folder / entry['training']['args'], yaml.safe_dump(public_args(run_args)).encode())
+    manifest.replace_file(folder / entry['training']['summary'], summary.getvalue().encode())
+    manifest.replace_file(folder / entry['training']['curves'], curves)
+    manifest.replace_file(folder / entry['file'], content)
+    manifest.write_entry(name, entry)
     return entry
 
 

@@ -22,8 +22,9 @@ from timm.models import is_model
 from tqdm import tqdm
 
 from . import manifest
-from .add_run import ELAPSED, add_runs, planned_epochs, read_summary, replace_file
+from .add_run import ELAPSED, add_runs, planned_epochs
 from .cli import RECIPES_DIR
+from .runs import read_summary
 
 KEYS = {'recipe', 'args', 'seeds'}
 POLL_SECONDS = 2.
@@ -104,7 +105,7 @@ def start(run: Run, scripts: Path) -> subprocess.Popen:
         config = {**config, 'resume': str(checkpoint)}
     else:
         (run.folder / 'summary.csv').unlink(missing_ok=True)
-    replace_file(run.folder / 'config.yaml', yaml.safe_dump(config).encode())
+    manifest.replace_file(run.folder / 'config.yaml', yaml.safe_dump(config).encode())
     with open(run.folder / 'train.log', 'ab') as log:
         return subprocess.Popen(
             [sys.executable, str(scripts / 'train.py'), '--config', str(run.folder / 'config.yaml')],
