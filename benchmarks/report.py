@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-""" Write the tables of the documents, and the pictures, from what they report: the manifest and benchmarks/results/.
+""" Write the tables of the documents, and the pictures, from what they report: the table of variants, the manifest,
+what model cards say, and benchmarks/results/.
 
     python benchmarks/report.py            # rewrite them in place
     python benchmarks/report.py --check    # exit status 1 if one is stale
@@ -14,14 +15,18 @@ import sys
 from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Tuple
+from statistics import mean, stdev
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
+import timm
 from roofline import FORWARD, FUSED, RooflineResults
 
 from splitmixer_timm import benchmark_report as reports
 from splitmixer_timm import convmixer, manifest, splitmixer
 from splitmixer_timm.benchmark import Results
 from splitmixer_timm.benchmark_report import markdown_table as table
+from splitmixer_timm.card import DATASETS, LIMITS
+from splitmixer_timm.complexity import measure_complexity
 from splitmixer_timm.paper import BASELINE, TABLE3, TOP1
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -213,18 +218,30 @@ def peers_table() -> str:
     return '\n\n'.join(parts)
 
 
+def seeds_cell(entry: Dict[str, Any]) -> str:
+    """ Seed of a model, and over several runs the mean and the standard deviation of their top-1."""
+    seeds = entry['metrics'].get('seeds')
+    if not seeds:
+        return str(entry['training']['seed'])
+    return f'{", ".join(seeds)}: {mean(seeds.values()):.2f} +- {stdev(seeds.values()):.2f}'
+
+
 def weights_table() -> str:
     """ What each pretrained model measured, beside the paper's figure."""
     rows = []
     for name, entry in sorted(manifest.entries().items()):
         kind = name.split('_')[1] if name.startswith('splitmixer') else 'conv'
         paper = TOP1.get(entry['dataset'], {}).get(kind)
+        model = timm.create_model(name, device='meta')
+        counts = measure_complexity(model, model.pretrained_cfg['input_size'])
         metrics, training = entry['metrics'], entry['training']
         rows.append([
             f'`{name}`', f'{metrics["top1"]:.2f}', f'{metrics["top5"]:.2f}', f'{paper:.2f}' if paper else '-',
-            f'{metrics["images"]:,}', str(training['epochs']), str(training['seed']),
-            f'{entry["bytes"] / 1e6:.1f} MB', training['date']])
-    header = ['weights', 'top-1 %', 'top-5 %', "paper's top-1 %", 'test images', 'epochs', 'seed', 'size', 'trained']
+            f'{counts.params:,}', f'{counts.paper_flops / 1e6:,.1f}', f'{metrics["images"]:,}', str(training['epochs']),
+            seeds_cell(entry), f'[log](weights/{training["summary"]})'])
+    header = [
+        'weights', 'top-1 %', 'top-5 %', "paper's top-1 %", 'parameters', 'paper FLOPS (M)', 'test images', 'epochs',
+        'seeds', 'log']
     return table(header, rows)
 
 
@@ -235,8 +252,21 @@ def training_table() -> str:
         training = entry['training']
         rows.append([
             f'`{name}`', training['recipe'], training['machine'], f'{training["hours"]:.1f} h',
-            f'torch {training["torch"]}, timm {training["timm"]}', f'[`args.yaml`](weights/{training["args"]})'])
-    return table(['weights', 'recipe', 'machine', 'time', 'versions', 'arguments'], rows)
+            f'torch {training["torch"]}, timm {training["timm"]}', training['date'],
+            f'[`args.yaml`](weights/{training["args"]})', f'[curves](weights/{training["curves"]})'])
+    return table(['weights', 'recipe', 'machine', 'time', 'versions', 'date', 'arguments', 'curves'], rows)
+
+
+def data_table() -> str:
+    """ The data sets, as the card of each model tells of its own."""
+    rows = [[data.name, f'[{data.hub_id}](https://huggingface.co/datasets/{data.hub_id})', data.content, data.source]
+            for data in DATASETS.values()]
+    return table(['data set', 'on the Hub', 'images', 'source'], rows)
+
+
+def limits() -> str:
+    """ What the card of each model says of its limits, and of the bias of its data set."""
+    return '\n'.join([LIMITS, *(f'- {data.name}: {data.bias}.' for data in DATASETS.values())])
 
 
 TABLES: Dict[str, Callable[[], str]] = {
@@ -250,6 +280,8 @@ TABLES: Dict[str, Callable[[], str]] = {
     'sweep': sweep_table,
     'depth': depth_table,
     'peers': peers_table,
+    'data': data_table,
+    'limits': limits,
 }
 
 

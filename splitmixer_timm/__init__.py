@@ -1,6 +1,8 @@
 """ SplitMixer for timm: importing this package registers its models with `timm.create_model`."""
-from . import convmixer  # noqa: F401, registers the baseline
-from .splitmixer import SplitMixer, checkpoint_filter_fn
-
-__all__ = ['SplitMixer', 'checkpoint_filter_fn']
 __version__ = '0.1.0'
+
+from . import convmixer  # noqa: E402, F401, registers the baseline
+from .hub import HubError, pull_from_hub, push_to_hub  # noqa: E402
+from .splitmixer import SplitMixer, checkpoint_filter_fn  # noqa: E402
+
+__all__ = ['HubError', 'SplitMixer', 'checkpoint_filter_fn', 'pull_from_hub', 'push_to_hub']

@@ -1,21 +1,21 @@
 """ Add the model of a finished run of timm's train.py to the zoo.
 
 Converts the run's last checkpoint (its EMA where it kept one) to safetensors, measures it on the whole official test
-set by timm's own validate.py, and writes the manifest entry; the run's arguments and log are kept beside the weights.
-Nothing of the zoo is touched before all of that succeeded.
+set by timm's own validate.py, and writes the manifest entry; the run's arguments, its log and a picture of it are kept
+beside the weights. Of several runs, alike but for the seed, the first is published and all are reported. Nothing of
+the zoo is touched before all of that succeeded.
 
-    python -m splitmixer_timm.add_run RUN_DIR splitmixer_i_256_8.cifar10 --dataset cifar10 \\
+    python -m splitmixer_timm.add_run splitmixer_i_256_8.cifar10 RUN_DIR --dataset cifar10 \\
         --data-dir DATA --scripts TIMM_CHECKOUT --recipe 'four epochs, flips only'
 
-Run it on the machine, and in the environment, that trained: those are what the entry names.
+Run it on the machine, and in the environment, that trained: those are what the entry names. Needs the `bench` extra.
 """
 import argparse
 import csv
 import datetime
 import hashlib
+import io
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -25,29 +25,17 @@ from typing import Any, Dict, List, Optional
 import timm
 import torch
 import yaml
+from matplotlib.figure import Figure
 from safetensors.torch import save_file
 from timm.models import load_state_dict
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from . import manifest
+from .machine import device_name
+from .runs import public_args, read_args, read_summary
 
-# what in a run's arguments is a place on the machine it ran on
-PATH_ARGS = {
-    'config': '<CONFIG>', 'data': '<DATA_DIR>', 'data_dir': '<DATA_DIR>', 'output': '<OUTPUT_DIR>',
-    'resume': '<RESUME>', 'initial_checkpoint': '<CHECKPOINT>', 'pretrained_path': '<CHECKPOINT>',
-    'class_map': '<CLASS_MAP>',
-}
+ELAPSED = 'elapsed.txt'  # seconds of each part of a run that was cut off and resumed, a line each
 BUFFERS = ('running_mean', 'running_var', 'num_batches_tracked')
-
-
-def machine(device: str) -> str:
-    """ The GPU or the processor that a run's device stands for; never the host's name."""
-    if device.startswith('cuda'):
-        return torch.cuda.get_device_name(device)
-    info = Path('/proc/cpuinfo')
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
-    return f'CPU, {os.cpu_count()} cores, {names[0] if names else platform.machine()}'
 
 
 def planned_epochs(run_args: Dict[str, Any]) -> int:
@@ -57,31 +45,168 @@ def planned_epochs(run_args: Dict[str, Any]) -> int:
     return create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=1000)[1]
 
 
-def validate(model: str, weights: Path, args: argparse.Namespace) -> Dict[str, Any]:
+def training_hours(run_dir: Path) -> float:
+    """ Hours from the start of the run to its last checkpoint, what was cut off and done again left out."""
+    elapsed = run_dir / ELAPSED
+    seconds = sum(map(float, elapsed.read_text().split())) if elapsed.is_file() else 0.
+    started, finished = ((run_dir / name).stat().st_mtime for name in ('args.yaml', 'last.pth.tar'))
+    return (seconds + finished - started) / 3600
+
+
+def plot_curves(rows: List[Dict[str, str]], title: str) -> bytes:
+    """ Picture (PNG) of a run: loss and test accuracy by epoch."""
+    epochs = [int(row['epoch']) + 1 for row in rows]
+    figure = Figure(figsize=(8, 3), layout='constrained')
+    loss, top1 = figure.subplots(1, 2)
+    for key, label in (('train_loss', 'training'), ('eval_loss', 'test')):
+        loss.plot(epochs, [float(row[key]) for row in rows], label=label)
+    loss.set(xlabel='epoch', ylabel='cross-entropy', yscale='log')
+    loss.legend()
+    values = [float(row['eval_top1']) for row in rows]
+    top1.plot(epochs, values, color='tab:orange')
+    top1.annotate(
+        f'{values[-1]:.2f}', (epochs[-1], values[-1]), xytext=(0, -14), textcoords='offset points', ha='right')
+    top1.set(xlabel='epoch', ylabel='test top-1 %')
+    for axes in (loss, top1):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    figure.suptitle(title)
+    png = io.BytesIO()
+    figure.savefig(png, dpi=100, metadata={'Software': None})
+    return png.getvalue()
+
+
+def validate(
+        model: str,
+        weights: Path,
+        data_dir: Path,
+        scripts: Path,
+        split: str,
+        device: str,
+        batch_size: int,
+) -> Dict[str, Any]:
     """ Result of timm's validate.py on the official test set."""
     results = weights.with_suffix('.json')
     subprocess.run([
-        sys.executable, '-m', 'splitmixer_timm.run', str(args.scripts / 'validate.py'),
-        '--model', model, '--checkpoint', str(weights), '--data-dir', str(args.data_dir), '--split', args.split,
-        '--device', args.device, '--batch-size', str(args.batch_size), '--workers', '1', '--no-prefetcher',
+        sys.executable, '-m', 'splitmixer_timm.run', str(scripts / 'validate.py'),
+        '--model', model, '--checkpoint', str(weights), '--data-dir', str(data_dir), '--split', split,
+        '--device', device, '--batch-size', str(batch_size), '--workers', '1', '--no-prefetcher',
         '--results-file', str(results), '--results-format', 'json',
     ], check=True)
     return json.loads(results.read_text())
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """ Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'{path.name}.tmp')
-    temporary.write_bytes(content)
-    temporary.replace(path)
+def _checked_run(run_dir: Path, arch: str) -> Dict[str, Any]:
+    """ Arguments of a run, or a ValueError if it is not a finished one of that architecture."""
+    run_args = read_args(run_dir)
+    epochs, planned = len(read_summary(run_dir)), planned_epochs(run_args)
+    if epochs != planned:
+        raise ValueError(f'{run_dir} has {epochs} of {planned} epochs: train it to the end first')
+    if arch != run_args['model'].partition('.')[0]:
+        raise ValueError(f'{run_dir} trained {run_args["model"]}, not {arch}')
+    return run_args
+
+
+def add_runs(
+        name: str,
+        run_dirs: List[Path],
+        dataset: str,
+        data_dir: Path,
+        scripts: Path,
+        recipe: str,
+        split: str = 'validation',
+        device: str = 'cpu',
+        batch_size: int = 200,
+) -> Dict[str, Any]:
+    """ Add the first of several runs to the zoo.
+
+    Args:
+        name: 'arch.tag' to add.
+        run_dirs: Output folders of train.py, alike but for the seed; the first is published.
+        dataset: Data set of the tag, as in splitmixer_timm/labels.
+        data_dir: Image folders of the data set.
+        scripts: Folder with timm's validate.py.
+        recipe: One line that says how it was trained.
+        split: Folder of the official test set in `data_dir`.
+        device: Device to measure on.
+        batch_size: Images a batch, to measure with.
+
+    Returns:
+        The manifest entry.
+
+    Raises:
+        ValueError: If a run is not finished, or is of another architecture.
+        subprocess.CalledProcessError: If validate.py failed.
+    """
+    arch = name.partition('.')[0]
+    all_args = [_checked_run(run_dir, arch) for run_dir in run_dirs]
+    run_dir, run_args = run_dirs[0], all_args[0]
+    rows = read_summary(run_dir)
+
+    results, contents = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / f'{name}.safetensors'
+        for other in run_dirs:
+            state_dict = {k: v.contiguous() for k, v in load_state_dict(str(other / 'last.pth.tar')).items()}
+            save_file(state_dict, weights, metadata={'format': 'pt', 'model': name})
+            # by the data set's own tag: a new one is registered only once the manifest has it
+            results.append(
+                validate(f'{arch}.{dataset}', weights, data_dir, scripts, split, device, batch_size))
+            contents.append(weights.read_bytes())
+    content = contents[0]
+
+    entry = {
+        'file': weights.name,
+        'bytes': len(content),
+        'sha256': hashlib.sha256(content).hexdigest(),
+        'params': sum(v.numel() for k, v in state_dict.items() if not k.endswith(BUFFERS)),
+        'dataset': dataset,
+        'metrics': {
+            'top1': results[0]['top1'],
+            'top5': results[0]['top5'],
+            'images': sum(1 for f in (data_dir / split).rglob('*') if f.is_file()),
+            'measured_by': f"timm's validate.py on the official test set, fp32, {device}",
+        },
+        'training': {
+            'recipe': recipe,
+            'args': f'runs/{name}/args.yaml',
+            'summary': f'runs/{name}/summary.csv',
+            'curves': f'runs/{name}/curves.png',
+            'checkpoint': 'last',
+            'epochs': len(rows),
+            'seed': run_args['seed'],
+            'hours': round(training_hours(run_dir), 2),
+            'machine': device_name(run_args['device']),
+            'torch': torch.__version__,
+            'timm': timm.__version__,
+            'date': datetime.date.fromtimestamp((run_dir / 'last.pth.tar').stat().st_mtime).isoformat(),
+        },
+        'license': 'apache-2.0',
+    }
+    if len(results) > 1:
+        entry['metrics']['seeds'] = {str(a['seed']): r['top1'] for a, r in zip(all_args, results)}
+    summary = io.StringIO()
+    writer = csv.DictWriter(summary, fieldnames=rows[0].keys(), lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    curves = plot_curves(rows, f'{name}, seed {run_args["seed"]}')
+
+    folder = manifest.WEIGHTS_DIR
+    manifest.replace_file(folder / entry['training']['args'], yaml.safe_dump(public_args(run_args)).encode())
+    manifest.replace_file(folder / entry['training']['summary'], summary.getvalue().encode())
+    manifest.replace_file(folder / entry['training']['curves'], curves)
+    manifest.replace_file(folder / entry['file'], content)
+    manifest.write_entry(name, entry)
+    return entry
 
 
 def main(argv: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(
         prog='splitmixer_timm.add_run', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('run_dir', type=Path, help='output folder of train.py: last.pth.tar, args.yaml, summary.csv')
     parser.add_argument('name', help="'arch.tag' to add")
+    parser.add_argument(
+        'run_dirs', metavar='RUN_DIR', type=Path, nargs='+',
+        help='output folder of train.py (last.pth.tar, args.yaml, summary.csv); of several the first is published')
     parser.add_argument('--dataset', required=True, help='data set of the tag, as in splitmixer_timm/labels')
     parser.add_argument('--data-dir', type=Path, required=True, help='image folders of the data set')
     parser.add_argument('--split', default='validation', help='folder of the official test set (default: %(default)s)')
@@ -90,62 +215,10 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument('--device', default='cpu', help='device to measure on (default: %(default)s)')
     parser.add_argument('--batch-size', type=int, default=200, help='to measure with (default: %(default)s)')
     args = parser.parse_args(argv)
-
-    arch = args.name.partition('.')[0]
-    run_args = yaml.safe_load((args.run_dir / 'args.yaml').read_text())
-    summary = (args.run_dir / 'summary.csv').read_bytes()
-    checkpoint = args.run_dir / 'last.pth.tar'
-    epochs, planned = len(list(csv.DictReader(summary.decode().splitlines()))), planned_epochs(run_args)
-    if epochs != planned:
-        parser.error(f'{args.run_dir} has {epochs} of {planned} epochs: train it to the end first')
-    if arch != run_args['model'].partition('.')[0]:
-        parser.error(f'{args.run_dir} trained {run_args["model"]}, not {args.name}')
-
-    with tempfile.TemporaryDirectory() as folder:
-        weights = Path(folder) / f'{args.name}.safetensors'
-        state_dict = {k: v.contiguous() for k, v in load_state_dict(str(checkpoint)).items()}
-        save_file(state_dict, weights, metadata={'format': 'pt', 'model': args.name})
-        # by the data set's own tag: a new one is registered only once the manifest has it
-        result = validate(f'{arch}.{args.dataset}', weights, args)
-        content = weights.read_bytes()
-
-    finished = checkpoint.stat().st_mtime
-    entry = {
-        'file': weights.name,
-        'bytes': len(content),
-        'sha256': hashlib.sha256(content).hexdigest(),
-        'params': sum(v.numel() for k, v in state_dict.items() if not k.endswith(BUFFERS)),
-        'dataset': args.dataset,
-        'metrics': {
-            'top1': result['top1'],
-            'top5': result['top5'],
-            'images': sum(1 for f in (args.data_dir / args.split).rglob('*') if f.is_file()),
-            'measured_by': f"timm's validate.py on the official test set, fp32, {args.device}",
-        },
-        'training': {
-            'recipe': args.recipe,
-            'args': f'runs/{args.name}/args.yaml',
-            'summary': f'runs/{args.name}/summary.csv',
-            'checkpoint': 'last',
-            'epochs': epochs,
-            'seed': run_args['seed'],
-            'hours': round((finished - (args.run_dir / 'args.yaml').stat().st_mtime) / 3600, 2),
-            'machine': machine(run_args['device']),
-            'torch': torch.__version__,
-            'timm': timm.__version__,
-            'date': datetime.date.fromtimestamp(finished).isoformat(),
-        },
-        'license': 'apache-2.0',
-    }
-    public_args = {k: PATH_ARGS[k] if k in PATH_ARGS and v else v for k, v in run_args.items()}
-    models = dict(sorted({**manifest.entries(), args.name: entry}.items()))
-    zoo = {**manifest.load_manifest(), 'models': models}
-
-    folder = manifest.WEIGHTS_DIR
-    replace_file(folder / entry['training']['args'], yaml.safe_dump(public_args).encode())
-    replace_file(folder / entry['training']['summary'], summary)
-    replace_file(folder / entry['file'], content)
-    replace_file(folder / 'manifest.json', (json.dumps(zoo, indent=2) + '\n').encode())
+    try:
+        entry = add_runs(**vars(args))
+    except ValueError as e:
+        parser.error(str(e))
     print(f'{args.name}: top-1 {entry["metrics"]["top1"]:.2f} %, {entry["bytes"]:,} bytes')
 
 

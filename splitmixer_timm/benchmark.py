@@ -36,7 +36,8 @@ from torch._dynamo import config as dynamo_config
 from tqdm import tqdm
 
 from . import __version__
-from .add_run import machine, replace_file
+from .machine import device_name
+from .manifest import replace_file
 from .paper import TABLE3
 
 __all__ = ['Results', 'Row', 'Settings', 'build_model', 'run']
@@ -165,11 +166,6 @@ def check_folder(folder: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as e:
         raise ValueError(f'results cannot be written to {folder}: {e.strerror}') from e
-
-
-def device_name(device: str) -> str:
-    """ The GPU or the processor behind a device for torch; never the host's name."""
-    return 'Apple GPU' if device.startswith('mps') else machine(device)
 
 
 def results_name(device: str) -> str:

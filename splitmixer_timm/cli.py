@@ -178,6 +178,68 @@ def _verify_accuracy(args: argparse.Namespace) -> int:
     return failures
 
 
+def _release(args: argparse.Namespace):
+    """ What to publish: a model of the zoo by name, a run of train.py, or a local folder of timm's."""
+    from . import hub
+
+    path = Path(args.model)
+    if path.exists():
+        if (path / hub.CONFIG).is_file():
+            return hub.folder_release(path, args.dataset)
+        return hub.run_release(path, args.dataset)
+    return hub.zoo_release(args.model)
+
+
+def _push(args: argparse.Namespace) -> int:
+    from . import hub
+
+    if args.all != (args.model is None) or args.all != (args.org is not None):
+        raise CommandError('give MODEL and REPO_ID, or --all and --org')
+    if not args.all and args.repo_id is None:
+        raise CommandError(f'give the REPO_ID to push {args.model} to')
+    try:
+        jobs = [(name, f'{args.org}/{name}', hub.zoo_release(name)) for name in sorted(manifest.entries())] \
+            if args.all else [(args.model, args.repo_id, _release(args))]
+        for name, repo_id, release in jobs:
+            if args.dry_run:
+                print(f'{name} -> {repo_id}')
+                for file, content in release.files(repo_id).items():
+                    print(f'  {len(content):>12,}  {file}')
+                continue
+            info = hub.upload(
+                release, repo_id, private=args.private, token=args.token, revision=args.revision,
+                commit_message=args.message, create_pr=args.create_pr, parent_commit=args.parent_commit)
+            print(info.pr_url or info.commit_url, flush=True)
+            if args.record and name in manifest.entries() and not args.create_pr:
+                entry = {**manifest.entries()[name], 'hf_hub_id': info.repo_url.repo_id, 'revision': info.oid}
+                manifest.write_entry(name, entry)
+    except (ValueError, RuntimeError, OSError) as e:
+        raise CommandError(str(e)) from e
+    return 0
+
+
+def _pull(args: argparse.Namespace) -> int:
+    from . import hub
+
+    folder = args.to or Path(args.repo_id.partition('@')[0].rpartition('/')[2])
+    try:
+        names = hub.pull_to_folder(args.repo_id, folder, revision=args.revision, token=args.token)
+    except (ValueError, RuntimeError, OSError) as e:
+        raise CommandError(str(e)) from e
+    print(f'{folder}: {", ".join(names)}')
+    print(f"timm.create_model('local-dir:{folder}', pretrained=True)")
+    return 0
+
+
+def _card(args: argparse.Namespace) -> int:
+    try:
+        release = _release(args)
+    except (ValueError, RuntimeError, OSError) as e:
+        raise CommandError(str(e)) from e
+    print(release.card(Path(args.model).name, args.model), end='')
+    return 0
+
+
 def _recipe(args: argparse.Namespace) -> int:
     recipes = {path.stem: path for path in sorted(RECIPES_DIR.glob('*.yaml'))}
     if args.name is None:
@@ -318,6 +380,39 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         '--plot', action=argparse.BooleanOptionalAction, help='draw a picture (default: where matplotlib is installed)')
     command.set_defaults(run=_benchmark)
+
+    source = 'arch.tag of the zoo, a run of train.py (its folder or a checkpoint in it), or a folder that pull made'
+    command = commands.add_parser('push', help='publish a model on the Hugging Face Hub', description=(
+        'Publish a model with its card in one commit; prints its URL.'))
+    command.add_argument('model', metavar='MODEL', nargs='?', help=source)
+    command.add_argument('repo_id', metavar='REPO_ID', nargs='?', help='USER/NAME, made if it does not exist')
+    command.add_argument('--all', action='store_true', help='publish the whole zoo, a repository for each arch.tag')
+    command.add_argument('--org', help='organisation or user to publish the zoo under')
+    command.add_argument('--dry-run', action='store_true', help='show the files and their sizes, publish nothing')
+    command.add_argument('--dataset', help='what a run was trained on: cifar10, ..., an id of the Hub, or any name')
+    command.add_argument('--private', action='store_true', help='make a new repository a private one')
+    command.add_argument('--token', help='token of the Hub (default: the one that is logged in)')
+    command.add_argument('--revision', metavar='BRANCH', help='branch, made if it does not exist (default: main)')
+    command.add_argument('--message', default='Add model', help='message of the commit (default: %(default)s)')
+    command.add_argument('--create-pr', action='store_true', help='open a pull request')
+    command.add_argument('--parent-commit', metavar='COMMIT', help='fail if another commit came after this one')
+    command.add_argument(
+        '--record', action='store_true', help="write the repository and the commit into the zoo's manifest")
+    command.set_defaults(run=_push)
+
+    command = commands.add_parser('pull', help='get a model from the Hugging Face Hub', description=(
+        "Leave a model in a folder that timm.create_model('local-dir:DIR', pretrained=True) reads without a network."))
+    command.add_argument('repo_id', metavar='REPO_ID', help='USER/NAME or USER/NAME@REVISION')
+    command.add_argument('--revision', help='branch, tag or commit (default: main)')
+    command.add_argument('--to', metavar='DIR', type=Path, help="a new folder (default: the repository's name)")
+    command.add_argument('--token', help='token of the Hub (default: the one that is logged in)')
+    command.set_defaults(run=_pull)
+
+    command = commands.add_parser('card', help='print the model card of a model', description=(
+        'Print the card that push would publish.'))
+    command.add_argument('model', metavar='MODEL', help=source)
+    command.add_argument('--dataset', help='what a run was trained on')
+    command.set_defaults(run=_card)
 
     command = commands.add_parser('verify', help='check the bundled weights against the manifest', description=(
         'Check size and sha256 of every bundled weights file, and with --data also their accuracy on the official test '

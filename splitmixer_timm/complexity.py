@@ -53,7 +53,7 @@ def measure_complexity(model: nn.Module, input_size: Tuple[int, int, int]) -> Co
         model.global_pool.register_forward_hook(count_pool)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        model(torch.empty(1, *input_size, device='meta'))
+        model(torch.empty(1, *input_size, device='meta', dtype=next(model.parameters()).dtype))
     macs = counter.get_total_flops() // 2
     return Complexity(
         params=sum(p.numel() for p in model.parameters()),

@@ -6,6 +6,7 @@ from typing import Union
 import torch
 from timm import create_model
 from timm.data import create_dataset, create_transform, resolve_model_data_config
+from timm.utils import AverageMeter, accuracy
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -48,10 +49,8 @@ def evaluate(
     classes = len(dataset.reader.class_to_idx)
     if classes != model.num_classes:
         raise ValueError(f'data_dir must have {model.num_classes} class folders for {model_name}, got {classes}.')
-    top1 = top5 = 0
+    top1, top5 = AverageMeter(), AverageMeter()
     for images, target in tqdm(DataLoader(dataset, batch_size, num_workers=workers), desc=model_name, disable=None):
-        likeliest = model(images.to(device)).topk(min(5, model.num_classes)).indices.cpu()
-        hits = likeliest == target[:, None]
-        top1 += hits[:, 0].sum().item()
-        top5 += hits.any(1).sum().item()
-    return Accuracy(top1=100 * top1 / len(dataset), top5=100 * top5 / len(dataset), images=len(dataset))
+        for meter, percent in zip((top1, top5), accuracy(model(images.to(device)).cpu(), target, topk=(1, 5))):
+            meter.update(percent.item(), len(images))
+    return Accuracy(top1=top1.avg, top5=top5.avg, images=len(dataset))

@@ -7,13 +7,17 @@ is the manifest's.
 """
 import hashlib
 import json
+import os
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple, Union
 
 from safetensors import SafetensorError, safe_open
 from timm.models import PretrainedCfg, resolve_pretrained_cfg
-from timm.models._hub import download_cached_file, download_from_hf
+from timm.models._hub import download_cached_file, download_from_hf, hf_split
+
+from .hub_errors import explained
 
 _PACKAGE_DIR = Path(__file__).resolve().parent
 WEIGHTS_DIR = next(
@@ -55,6 +59,22 @@ def label_names(dataset: str) -> Tuple[str, ...]:
     """ Class names of a data set in label order (ImageNet's: WordNet's lemmas, as in timm's `ImageNetInfo`)."""
     path = _PACKAGE_DIR / 'labels' / f'{dataset}.txt'
     return tuple(path.read_text(encoding='utf-8').splitlines())
+
+
+def write_entry(name: str, entry: Dict[str, Any]) -> None:
+    """ Put an entry into the manifest's file, in place of one of that name."""
+    path = WEIGHTS_DIR / 'manifest.json'
+    zoo = json.loads(path.read_text(encoding='utf-8'))
+    zoo['models'] = dict(sorted({**zoo['models'], name: entry}.items()))
+    replace_file(path, (json.dumps(zoo, indent=2) + '\n').encode())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """ Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'{path.name}.tmp')
+    temporary.write_bytes(content)
+    temporary.replace(path)
 
 
 def bundled_file(name: str) -> Optional[Path]:
@@ -103,9 +123,26 @@ def check_file(path: Union[str, Path], name: str) -> None:
             f'different file). Delete it and reinstall or download again.')
 
 
+def check_download(path: Union[str, Path]) -> None:
+    """ Check a large file in huggingface_hub's cache, which is named by its sha256 there but not compared with it.
+
+    Raises:
+        OSError: If it is damaged; it is then taken out of the cache.
+    """
+    path = Path(path)
+    if not path.is_symlink():
+        return
+    blob = path.parent / os.readlink(path)  # itself perhaps a link, to a store with names of another kind
+    if re.fullmatch('[0-9a-f]{64}', blob.name) and hashlib.sha256(path.read_bytes()).hexdigest() != blob.name:
+        path.unlink()
+        blob.unlink()
+        raise OSError(f'{path.name} was damaged on the way, try again')
+
+
 def _download(name: str, cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]]) -> str:
     if cfg.hf_hub_id:
-        return download_from_hf(cfg.hf_hub_id, HUB_FILENAME, cache_dir=cache_dir)
+        with explained(cfg.hf_hub_id, hf_split(cfg.hf_hub_id)[1]):
+            return download_from_hf(cfg.hf_hub_id, HUB_FILENAME, cache_dir=cache_dir)
     # a hash in the file's name keeps releases apart in the cache, and timm drops a download that does not match it
     filename = f'{name}-{entries()[name]["sha256"][:16]}.safetensors'
     return download_cached_file((cfg.url, filename), check_hash=True, progress=True, cache_dir=cache_dir)
@@ -119,7 +156,8 @@ def checked_overlay(
 ) -> Dict[str, Any]:
     """ Overlay of a pretrained cfg that makes timm load weights of the zoo from a file that passed `check_file`.
 
-    Weights that the caller names (a file, URL, Hub repository or state dict of their own) are left to timm.
+    Weights that the caller names (a file, URL or state dict of their own) are left to timm; of a Hub repository only
+    safetensors are read.
 
     Args:
         variant: Name of the architecture.
@@ -130,6 +168,7 @@ def checked_overlay(
     Raises:
         RuntimeError: If there are no weights, the file is not the one in the manifest, or one that the caller names is
             damaged.
+        HubError: If the Hub cannot be reached, refuses, or has no such file.
         FileNotFoundError: If the caller names a file that does not exist.
     """
     overlay = dict(pretrained_cfg_overlay or {})
@@ -137,8 +176,15 @@ def checked_overlay(
         # the caller says where from: no other place that the cfg knows may come before it
         overlay = {**dict.fromkeys(_SOURCES), **overlay}
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
-    if cfg.source in ('hf-hub', 'local-dir') or cfg.state_dict:
+    if cfg.source == 'local-dir' or cfg.state_dict:
         return overlay
+    if cfg.source == 'hf-hub':
+        # timm would look for a pickle where the Hub does not give the safetensors
+        with explained(cfg.hf_hub_id, hf_split(cfg.hf_hub_id)[1]):
+            path = download_from_hf(cfg.hf_hub_id, cfg.hf_hub_filename or HUB_FILENAME, cache_dir=cache_dir)
+            check_download(path)
+            with safe_open(path, framework='pt'):
+                return {**overlay, 'source': '', 'file': path}
 
     name = f'{cfg.architecture}.{cfg.tag}' if cfg.tag else cfg.architecture
     known = name in entries()

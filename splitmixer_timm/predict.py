@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import BinaryIO, Iterable, Iterator, List, Optional, Tuple, Union
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from timm import create_model
 from timm.data import create_transform, resolve_model_data_config
 
@@ -46,7 +46,7 @@ def read_stdin(stream: BinaryIO) -> List[ImageSource]:
     try:
         Image.open(io.BytesIO(data)).close()
         return [data]
-    except OSError:
+    except UnidentifiedImageError:
         pass
     except Exception:  # an image, if one that Pillow will not decode
         return [data]
@@ -68,6 +68,8 @@ def load_image(source: ImageSource) -> Image.Image:
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             return ImageOps.exif_transpose(image).convert('RGB')
+    except UnidentifiedImageError as e:
+        raise OSError('not a readable image') from e
     except OSError:
         raise
     except Exception as e:  # a damaged file makes Pillow's decoders raise nearly anything
@@ -135,7 +137,7 @@ def classify(
         except FileNotFoundError:
             pending.append((name, 'no such file'))
         except OSError as e:
-            pending.append((name, e.strerror or ('not a readable image' if 'cannot identify' in str(e) else str(e))))
+            pending.append((name, e.strerror or str(e)))
         if len(pending) >= batch_size:
             yield from flush()
     yield from flush()

@@ -8,6 +8,7 @@ Paper: `SplitMixer: Fat Trimmed From MLP-like Models` - https://arxiv.org/abs/22
 Written from the paper. The one departure from its wording is the 3D channel mixing: a 3D convolution whose kernel
 spans only channels is a pointwise convolution shared by the segments it slides over, and is computed as one.
 """
+import inspect
 import math
 import operator
 from collections import OrderedDict
@@ -51,20 +52,11 @@ _NORM_LAYERS = {
 
 def _integer(name: str, value: Any, low: int) -> int:
     """ Integer of at least `low` from an int or its decimal string, never from a bool or a float."""
-    number = value
-    if isinstance(value, str):
-        try:
-            number = int(value)
-        except ValueError:
-            number = None
-    elif isinstance(value, bool):
+    try:
+        number = int(value) if isinstance(value, str) else operator.index(value)
+    except (TypeError, ValueError):
         number = None
-    else:
-        try:
-            number = operator.index(value)
-        except TypeError:
-            number = None
-    if number is None or number < low:
+    if number is None or isinstance(value, bool) or number < low:
         raise ValueError(f'{name} must be an integer of at least {low}, got {value!r}.')
     return number
 
@@ -105,7 +97,7 @@ def _choice(name: str, value: Any, choices: Tuple[str, ...]) -> str:
     return value.lower()
 
 
-def _resolve_act_layer(act_layer: Union[str, Callable[..., nn.Module]]) -> Callable[..., nn.Module]:
+def resolve_act_layer(act_layer: Union[str, Callable[..., nn.Module]]) -> Callable[..., nn.Module]:
     try:
         layer = get_act_layer(act_layer)
     except KeyError:
@@ -414,7 +406,7 @@ class SplitMixer(nn.Module):
         has_spatial = spatial_mixing != 'none'
         spatial_residual = _flag('spatial_residual', spatial_residual) and has_spatial
         channel_residual = _flag('channel_residual', channel_residual)
-        act_layer = _resolve_act_layer(act_layer)
+        act_layer = resolve_act_layer(act_layer)
         norm_layer = _resolve_norm_layer(norm_layer)
         mixer_args = _check_mixer_args(
             dim, channel_mixing, overlap_ratio, num_segments, alternate_segments, channel_kernel_size, channel_stride)
@@ -756,7 +748,7 @@ def create_variant(model_cls: Type[nn.Module], variant: str, pretrained: bool = 
     if pretrained:
         kwargs['pretrained_cfg_overlay'] = manifest.checked_overlay(
             variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'), kwargs.get('cache_dir'))
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         model_cls,
         variant,
         pretrained,
@@ -764,6 +756,11 @@ def create_variant(model_cls: Type[nn.Module], variant: str, pretrained: bool = 
         feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
         **kwargs,
     )
+    if isinstance(model, model_cls):
+        # timm keeps no record of these, and a model that is published must be built again as it was
+        names = inspect.signature(model_cls).parameters.keys() - {'num_classes', 'device', 'dtype'}
+        model.model_args = {name: value for name, value in kwargs.items() if name in names}
+    return model
 
 
 def _register_variant(variant: str, model_args: Dict[str, Any]) -> Callable[..., SplitMixer]:

@@ -1,16 +1,24 @@
 """ `splitmixer_timm.add_run`: from a finished run to weights and a manifest entry. """
 import json
+import os
+import shutil
 
 import pytest
 import timm
 import torch
 import yaml
 from conftest import ROOT
+from PIL import Image
 from safetensors.torch import load_file
 
 from splitmixer_timm import add_run, manifest
 
 NAME = 'splitmixer_ii_256_8.cifar10_plus'
+SUMMARY = """epoch,train_loss,eval_loss,eval_top1
+0,1.5,1.2,60
+1,1.2,1.0,70
+2,1.0,0.9,80
+"""
 VALIDATE = """
 import argparse, json
 parser = argparse.ArgumentParser()
@@ -35,14 +43,13 @@ def run(tmp_path, monkeypatch):
                 output='/somewhere/else', device='cpu')
     zoo = tmp_path / 'weights'
     zoo.mkdir()
-    data = dict(hf_hub_org='', base_url='', models={})
+    (zoo / 'manifest.json').write_text(json.dumps(dict(hf_hub_org='', base_url='', models={})))
     monkeypatch.setattr(manifest, 'WEIGHTS_DIR', zoo)
-    monkeypatch.setattr(manifest, 'load_manifest', lambda: data)
     monkeypatch.setenv('PYTHONPATH', str(ROOT))
     run_dir = tmp_path / 'run'
     run_dir.mkdir()
     (run_dir / 'args.yaml').write_text(yaml.safe_dump(args))
-    (run_dir / 'summary.csv').write_text('epoch,eval_top1\n0,60\n1,70\n2,80\n')
+    (run_dir / 'summary.csv').write_text(SUMMARY)
     ema = timm.create_model('splitmixer_ii_256_8').state_dict()
     torch.save({'epoch': 2, 'state_dict': {k: v * 0 for k, v in ema.items()}, 'state_dict_ema': ema},
                run_dir / 'last.pth.tar')
@@ -58,9 +65,9 @@ def run(tmp_path, monkeypatch):
         path, weights, state_dict = run_dir, zoo, ema
         validate = scripts / 'validate.py'
 
-        def add(self, name=NAME):
-            add_run.main([str(run_dir), name, '--dataset', 'cifar10', '--data-dir', str(tmp_path / 'data'),
-                          '--scripts', str(scripts), '--recipe', 'a test'])
+        def add(self, name=NAME, runs=None):
+            add_run.main([name, *map(str, runs or [run_dir]), '--dataset', 'cifar10', '--data-dir',
+                          str(tmp_path / 'data'), '--scripts', str(scripts), '--recipe', 'a test'])
 
     return Run()
 
@@ -80,7 +87,50 @@ def test_adds(run, monkeypatch):
     assert '/somewhere' not in args
     assert yaml.safe_load(args)['data_dir'] == '<DATA_DIR>'
     assert (run.weights / entry['training']['summary']).read_bytes() == (run.path / 'summary.csv').read_bytes()
+    with Image.open(run.weights / entry['training']['curves']) as picture:
+        assert picture.format == 'PNG'
+        assert picture.size == (800, 300)
     assert not list(run.weights.rglob('*.tmp'))
+
+
+def test_seeds(run, tmp_path):
+    """ The first run is published, the accuracy of all is reported."""
+    other = tmp_path / 'other'
+    shutil.copytree(run.path, other)
+    args = yaml.safe_load((other / 'args.yaml').read_text())
+    (other / 'args.yaml').write_text(yaml.safe_dump({**args, 'seed': 8}))
+    worse = {k: v + 1 for k, v in run.state_dict.items()}
+    torch.save({'epoch': 2, 'state_dict': worse}, other / 'last.pth.tar')
+    run.validate.write_text(run.validate.read_text().replace(
+        'top1=81.25', 'top1=81.25 if model.head.bias[0].item() < 0.5 else 80.5'))
+    run.add(runs=[run.path, other])
+    entry = json.loads((run.weights / 'manifest.json').read_text())['models'][NAME]
+    assert entry['training']['seed'] == 7
+    assert entry['metrics']['top1'] == 81.25
+    assert entry['metrics']['seeds'] == {'7': 81.25, '8': 80.5}
+    saved = load_file(run.weights / entry['file'])
+    assert all(torch.equal(saved[k], v) for k, v in run.state_dict.items())
+
+
+def test_resumed_run(run):
+    """ train.py writes the header again when it resumes, and an epoch again that was cut off before its checkpoint."""
+    lines = SUMMARY.splitlines(keepends=True)
+    (run.path / 'summary.csv').write_text(''.join([*lines[:3], lines[0], '1,1.3,1.1,71\n', lines[3]]))
+    (run.path / add_run.ELAPSED).write_text('3600\n1800\n')
+    os.utime(run.path / 'args.yaml', (1_000_000, 1_000_000))
+    os.utime(run.path / 'last.pth.tar', (1_001_800, 1_001_800))
+    run.add()
+    entry = json.loads((run.weights / 'manifest.json').read_text())['models'][NAME]
+    assert entry['training']['epochs'] == 3
+    assert entry['training']['hours'] == 2
+    assert (run.weights / entry['training']['summary']).read_text() == SUMMARY.replace('1,1.2,1.0,70', '1,1.3,1.1,71')
+
+
+def test_not_a_run(run, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run.add(runs=[run.path, tmp_path])
+    assert f'{tmp_path} is not an output folder' in capsys.readouterr().err
+    assert [path.name for path in run.weights.iterdir()] == ['manifest.json']
 
 
 def test_unfinished_run(run, capsys):
@@ -88,7 +138,7 @@ def test_unfinished_run(run, capsys):
     with pytest.raises(SystemExit):
         run.add()
     assert '1 of 3 epochs' in capsys.readouterr().err
-    assert not list(run.weights.iterdir())
+    assert [path.name for path in run.weights.iterdir()] == ['manifest.json']
 
 
 def test_other_architecture(run, capsys):
@@ -101,4 +151,4 @@ def test_failed_validation_leaves_the_zoo_alone(run):
     run.validate.write_text('raise SystemExit(1)')
     with pytest.raises(Exception, match='validate.py'):
         run.add()
-    assert not list(run.weights.iterdir())
+    assert [path.name for path in run.weights.iterdir()] == ['manifest.json']

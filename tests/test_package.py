@@ -59,7 +59,7 @@ def test_wheel_holds_what_it_must(dist):
         metadata = wheel.read(next(n for n in names if n.endswith('METADATA'))).decode()
     assert {'splitmixer_timm/weights/manifest.json', 'splitmixer_timm/labels/cifar10.txt'} <= names
     for entry in manifest.entries().values():
-        for file in (entry['file'], entry['training']['args'], entry['training']['summary']):
+        for file in (entry['file'], *(entry['training'][key] for key in ('args', 'summary', 'curves'))):
             assert f'splitmixer_timm/weights/{file}' in names
     assert not [n for n in names if n.startswith(('tests', 'benchmarks', 'weights'))]
     assert not [n for n in names if n.startswith('splitmixer_timm/weights/') and n.endswith('.py')]

@@ -71,7 +71,7 @@ class TestEvery:
         assert model.num_classes == timm.get_pretrained_cfg(args.model).num_classes
         assert sum(len(group['params']) for group in optimizer.param_groups) == len(list(model.parameters()))
         _, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=97)
-        assert epochs == (100 if name in PAPER else 150)
+        assert epochs == (100 if name in PAPER else 300 if name == 'in1k_768_32' else 150)
 
 
 @pytest.mark.parametrize('name', PAPER)
@@ -101,7 +101,7 @@ class TestPaper:
             else:
                 expected = 0.05 * (100 - t) / 20
             difference = abs(optimizer.param_groups[0]['lr'] / args.lr - expected)
-            assert difference < (0.048 if 80 <= t <= 82.01 else 0.003), f'epoch {t}'
+            assert difference < (0.0451 if 80 <= t <= 82.01 else 0.003), f'epoch {t}'
             if t <= 40:
                 worst = max(worst, difference)
         assert worst < 1e-9

@@ -1,0 +1,234 @@
+""" Model cards: what the Hub shows of a model, made from its cfg, its manifest entry and its run. """
+import re
+from dataclasses import dataclass
+from typing import Any, Dict, List, Optional, Tuple
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+from timm.data import resolve_data_config
+from torch import nn
+
+from .complexity import measure_complexity
+
+__all__ = ['DATASETS', 'LIMITS', 'Dataset', 'merge_cards', 'model_card']
+
+BEGIN, END = '<!-- splitmixer_timm:begin -->', '<!-- splitmixer_timm:end -->'
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """ A data set as cards tell of it.
+
+    Attributes:
+        name: Its name.
+        hub_id: Where the Hub has it.
+        content: Number of images and classes.
+        source: Who made it, and where it is described.
+        bias: What is known to be one-sided in it.
+    """
+    name: str
+    hub_id: str
+    content: str
+    source: str
+    bias: str
+
+
+_CIFAR_BIAS = (
+    'drawn from web searches of 2008 for English nouns, it carries the habits of those: few settings, Western objects, '
+    'the thing large and in the middle')
+DATASETS = {
+    'cifar10': Dataset(
+        'CIFAR-10', 'uoft-cs/cifar10', '60,000 images of 32 x 32, 10 classes',
+        'Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images"', _CIFAR_BIAS),
+    'cifar100': Dataset(
+        'CIFAR-100', 'uoft-cs/cifar100', '60,000 images of 32 x 32, 100 classes',
+        'Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images"',
+        _CIFAR_BIAS + '; five of its classes are people (baby, boy, girl, man, woman), and an answer of those says '
+                      'nothing of a person'),
+    'flowers102': Dataset(
+        'Flowers102', 'nelorth/oxford-flowers', '8,189 images, 102 classes',
+        'Nilsback and Zisserman 2008, "Automated Flower Classification over a Large Number of Classes"',
+        'flowers common in the United Kingdom, one kind a picture, mostly close up'),
+    'food101': Dataset(
+        'Food101', 'ethz/food101', '101,000 images, 101 classes',
+        'Bossard et al. 2014, "Food-101: Mining Discriminative Components with Random Forests"',
+        "dishes popular on an English-language site; the training images' labels are noisy by design"),
+    'in1k': Dataset(
+        'ImageNet-1k', 'ILSVRC/imagenet-1k', '1.28 million images, 1,000 classes',
+        'Deng et al. 2009, "ImageNet: A Large-Scale Hierarchical Image Database"',
+        'web images and English nouns of around 2010; many classes are breeds of dogs, few are of the Global South'),
+}
+
+LIMITS = """\
+- It gives one of its classes for any picture, often with high confidence, whether or not the picture shows one.
+- Photographs are shrunk to the resolution of the training images; what does not survive that cannot be recognised.
+- Probabilities are not calibrated.
+- Not for decisions about people, nor where an error does harm."""
+
+CITATION = """\
+```bibtex
+@article{borji2022splitmixer,
+  title   = {SplitMixer: Fat Trimmed From MLP-like Models},
+  author  = {Borji, Ali and Lin, Sikun},
+  journal = {arXiv preprint arXiv:2207.10255},
+  year    = {2022}
+}
+```"""
+
+_METRICS = {'top1': 'top-1 accuracy, %', 'top5': 'top-5 accuracy, %'}
+
+
+# metadata that the generated part answers for: never left over from an earlier model
+_OWNED = {'library_name', 'pipeline_tag', 'datasets', 'model-index'}
+
+
+def _snippet(source: str, num_classes: int, in_chans: int) -> List[str]:
+    """ Python that loads the model and gives it an image."""
+    lines = [
+        'import timm, torch, splitmixer_timm',
+        'from PIL import Image',
+        f"model = timm.create_model('{source}', pretrained=True).eval()",
+        'transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))',
+        f"image = Image.open('image.png').convert('{'L' if in_chans == 1 else 'RGB'}')",
+        'with torch.inference_mode():',
+    ]
+    if num_classes:
+        return lines + [
+            '    probabilities = model(transform(image)[None]).softmax(-1)',
+            f'print(probabilities.topk({min(5, num_classes)}))']
+    return [*lines, '    print(model(transform(image)[None]).shape)']
+
+
+def _metadata(
+        title: str,
+        cfg: Dict[str, Any],
+        known: Optional[Dataset],
+        dataset: Optional[str],
+        metrics: Dict[str, Any],
+) -> Dict[str, Any]:
+    hub_id = known.hub_id if known else dataset if dataset and '/' in dataset else None
+    name = known.name if known else dataset
+    results = [
+        EvalResult(
+            task_type='image-classification', dataset_type=hub_id or name, dataset_name=name, dataset_split='test',
+            metric_type='accuracy', metric_name=label, metric_value=metrics[key])
+        for key, label in _METRICS.items() if key in metrics and name
+    ]
+    data = ModelCardData(
+        license=cfg.get('license'),
+        library_name='timm',
+        pipeline_tag='image-classification' if cfg['num_classes'] else 'image-feature-extraction',
+        tags=['timm', 'splitmixer'],
+        datasets=[hub_id] if hub_id else None,
+        model_name=title if results else None,
+        eval_results=results or None,
+    )
+    return data.to_dict()
+
+
+def model_card(
+        model: nn.Module,
+        title: str,
+        source: str,
+        cfg: Dict[str, Any],
+        metrics: Optional[Dict[str, Any]] = None,
+        dataset: Optional[str] = None,
+        training: Optional[Dict[str, Any]] = None,
+) -> str:
+    """ Card of a model: metadata of the Hub in YAML, then Markdown.
+
+    Args:
+        model: The model, for its size and work.
+        title: What to call it.
+        source: What `timm.create_model` takes to load it.
+        cfg: Its pretrained cfg, with the preprocessing and number of classes that are its own.
+        metrics: Measured 'top1' and 'top5' in percent, and how many 'images' they were measured on and how
+            ('measured_by').
+        dataset: What it was trained on: one of `DATASETS`, an id of the Hub, or any name.
+        training: How it was trained, in the manifest's terms.
+    """
+    metrics, training, known = metrics or {}, training or {}, DATASETS.get(dataset)
+    data = resolve_data_config(pretrained_cfg=cfg)
+    counts = measure_complexity(model, data['input_size'])
+    size = ' x '.join(map(str, data['input_size'][1:]))
+    trained_on = f', trained on {known.name if known else dataset}' if dataset else ''
+    lines = [
+        f'# {title}', '',
+        f'A SplitMixer ([arXiv 2207.10255](https://arxiv.org/abs/2207.10255)) for timm{trained_on}.'
+        if cfg['architecture'].startswith('splitmixer') else
+        f'A ConvMixer ([arXiv 2201.09792](https://arxiv.org/abs/2201.09792)) for timm{trained_on}, the baseline of '
+        'SplitMixer.', '',
+        '## Model', '',
+        f'- Architecture: `{cfg["architecture"]}`',
+        f'- Parameters: {counts.params:,}',
+        f'- Multiply-accumulates: {counts.macs / 1e6:,.1f} M for one image',
+        f'- Input: {data["input_size"][0]} channels, {size}, mean {tuple(data["mean"])}, standard deviation '
+        f'{tuple(data["std"])}, {data["interpolation"]} interpolation',
+        f'- Classes: {cfg["num_classes"]:,}', '',
+        '## Use', '',
+        'Needs `timm` and `splitmixer_timm`, which registers the architecture.', '',
+        '```python', *_snippet(source, cfg['num_classes'], data['input_size'][0]), '```', '',
+        '## Evaluation', '',
+    ]
+    measured = [f'- {label}: {metrics[key]:.2f}' for key, label in _METRICS.items() if key in metrics]
+    if measured:
+        how = [f'{metrics["images"]:,} images' if 'images' in metrics else None, metrics.get('measured_by')]
+        lines += [*measured, f'- Measured: {"; ".join(filter(None, how))}' if any(how) else '']
+    else:
+        lines.append('Not measured.')
+    lines += ['', '## Training', '']
+    facts = [
+        ('Recipe', training.get('recipe')),
+        ('Epochs', training.get('epochs')),
+        ('Seed', training.get('seed')),
+        ('Time', f'{training["hours"]} hours on {training["machine"]}' if 'hours' in training else None),
+        ('Versions', f'torch {training["torch"]}, timm {training["timm"]}' if 'torch' in training else None),
+        ('Arguments', 'all of them in `args.yaml`, the log in `summary.csv`' if 'args' in training else None),
+    ]
+    told = [f'- {name}: {fact}' for name, fact in facts if fact is not None]
+    lines += told or ['Not recorded.']
+    if known:
+        lines += ['', '## Data', '', f'{known.name}: {known.content}. {known.source}.']
+    lines += ['', '## Limits and bias', '', LIMITS]
+    if known:
+        lines.append(f'- {known.name}: {known.bias}.')
+    lines += ['', '## Citation', '', CITATION]
+    body = '\n'.join(lines)
+    metadata = _metadata(title, cfg, known, dataset, metrics)
+    return _join(metadata, f'{BEGIN}\n{body}\n{END}\n')
+
+
+def _join(metadata: Dict[str, Any], body: str) -> str:
+    return f'---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=1000)}---\n\n{body}'
+
+
+def _split(card: str) -> Tuple[Dict[str, Any], str]:
+    match = re.match(r'---\s*\n(.*?)\n---\s*\n+(.*)', card.replace('\r\n', '\n'), re.DOTALL)
+    metadata = yaml.safe_load(match[1]) if match else {}
+    if not isinstance(metadata, dict):
+        raise yaml.YAMLError('its metadata is no mapping')
+    return metadata, match[2] if match else card
+
+
+def merge_cards(existing: str, new: str) -> str:
+    """ A card made anew in place of the part that an earlier push made; what else the card has is kept.
+
+    Metadata that the new card has replaces that of the same name, only tags are joined.
+
+    Raises:
+        ValueError: If the existing card's metadata is not YAML.
+    """
+    try:
+        old_metadata, old_body = _split(existing)
+    except yaml.YAMLError as e:
+        raise ValueError(f'README.md has metadata that cannot be read: {str(e).splitlines()[0]}') from e
+    metadata, body = _split(new)
+    tags = old_metadata.get('tags')
+    metadata['tags'] = list(dict.fromkeys([*metadata['tags'], *(tags if isinstance(tags, list) else [])]))
+    generated = re.compile(f'{re.escape(BEGIN)}.*?{re.escape(END)}\n?', re.DOTALL)
+    if generated.search(old_body):
+        body = generated.sub(lambda _: body, old_body, count=1)
+    elif old_body.strip():
+        body = f'{body}\n{old_body}'
+    kept = {key: value for key, value in old_metadata.items() if key not in metadata.keys() | _OWNED}
+    return _join({**metadata, **kept}, body)

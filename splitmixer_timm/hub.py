@@ -1,0 +1,484 @@
+""" Models to and from the Hugging Face Hub.
+
+A repository holds what plain timm reads (config.json and model.safetensors, never a pickle), the model's card, and the
+arguments and log of its run where they are known.
+"""
+import argparse
+import copy
+import json
+import logging
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+
+import timm
+import torch
+import yaml
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RevisionNotFoundError
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+from timm.data import create_dataset, resolve_data_config
+from timm.layers.create_act import _ACT_LAYER_DEFAULT
+from timm.models import is_model, load_state_dict, model_entrypoint
+from timm.models._hub import save_config_for_hf
+from torch import nn
+
+from . import __version__, manifest
+from .card import DATASETS, merge_cards, model_card
+from .hub_errors import HubError, TransportError, explained
+from .runs import public_args, read_args, read_summary
+from .splitmixer import _NORM_LAYERS
+
+__all__ = ['HubError', 'Release', 'pull_from_hub', 'push_to_hub']
+
+_logger = logging.getLogger(__name__)
+
+CONFIG, WEIGHTS, CARD, ARGS, SUMMARY = 'config.json', manifest.HUB_FILENAME, 'README.md', 'args.yaml', 'summary.csv'
+_LIBRARY = dict(library_name='splitmixer_timm', library_version=__version__)
+_REACH_SECONDS = 10.  # before the Hub counts as out of reach
+_METRICS = ('top1', 'top5')
+
+
+def _is_ours(arch: Any) -> bool:
+    return isinstance(arch, str) and is_model(arch) and model_entrypoint(arch).__module__.startswith(f'{__package__}.')
+
+
+def _named_args(model_args: Dict[str, Any]) -> Dict[str, Any]:
+    """ Arguments of a model as JSON has them: classes of layers by timm's name."""
+    names = {
+        **{layer: name for name, layer in reversed(_ACT_LAYER_DEFAULT.items())},
+        **{layer: name for name, layer in _NORM_LAYERS.items()},
+    }
+    named = {}
+    for key, value in model_args.items():
+        if key.endswith('_layer') and not isinstance(value, str):
+            if value not in names:
+                raise ValueError(f'{key} of the model must be one that timm has a name for, got {value!r}.')
+            value = names[value]
+        named[key] = value
+    return named
+
+
+def _checked_metrics(metrics: Optional[Dict[str, Any]]) -> Dict[str, Any]:
+    metrics = dict(metrics or {})
+    for key, value in metrics.items():
+        if key in _METRICS:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 100:
+                raise ValueError(f'metrics[{key!r}] must be a number from 0 to 100 (percent), got {value!r}.')
+        elif key not in ('images', 'measured_by'):
+            raise ValueError(f"metrics must have 'top1', 'top5', 'images', 'measured_by' and no other, got {key!r}.")
+    return metrics
+
+
+def _zoo_entry(model: nn.Module) -> Dict[str, Any]:
+    """ Manifest entry of a model that still has the zoo's weights, empty for any other."""
+    cfg = model.pretrained_cfg
+    name = f'{cfg.get("architecture")}.{cfg.get("tag")}'
+    file = manifest.bundled_file(name)
+    if file is None:
+        return {}
+    ours, theirs = load_file(file), model.state_dict()
+    if ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key].cpu()) for key in ours):
+        return manifest.entries()[name]
+    return {}
+
+
+@dataclass
+class Release:
+    """ A model and what is known of it, ready to be published.
+
+    Attributes:
+        model: Model from `timm.create_model`.
+        metrics: Measured 'top1' and 'top5' in percent, on how many 'images', 'measured_by' what.
+        dataset: What it was trained on: a name of `splitmixer_timm.card.DATASETS`, an id of the Hub, or any other name.
+        label_names: Class names in label order.
+        data_config: Preprocessing: input_size, interpolation, mean, std, crop_pct, crop_mode.
+        training: How it was trained, in the manifest's terms.
+        extra: Further files.
+
+    Raises:
+        ValueError: If the model or what is said of it cannot be published.
+    """
+    model: nn.Module
+    metrics: Optional[Dict[str, Any]] = None
+    dataset: Optional[str] = None
+    label_names: Optional[Sequence[str]] = None
+    data_config: Optional[Dict[str, Any]] = None
+    training: Dict[str, Any] = field(default_factory=dict)
+    extra: Dict[str, bytes] = field(default_factory=dict)
+
+    def __post_init__(self):
+        while hasattr(self.model, '_orig_mod') or hasattr(self.model, 'module'):  # compiled; DDP, EMA
+            self.model = getattr(self.model, '_orig_mod', None) or self.model.module
+        cfg = getattr(self.model, 'pretrained_cfg', None)
+        if not cfg or not _is_ours(cfg.get('architecture')) or not hasattr(self.model, 'model_args'):
+            raise ValueError(
+                'model must be a SplitMixer or ConvMixer of this package made by timm.create_model, got '
+                f'{type(self.model).__name__}.')
+        self.metrics = _checked_metrics(self.metrics)
+        classes = self.model.num_classes
+        if self.label_names is not None and len(self.label_names) != classes:
+            raise ValueError(
+                f'label_names must have a name for each of {classes} classes, got {len(self.label_names)}.')
+
+        self.in_chans = self.model.stem[0].in_channels
+        self.model_args = {
+            **_named_args(self.model.model_args), 'in_chans': self.in_chans,
+            'global_pool': self.model.global_pool.pool_type,
+        }
+        # class names are those of what this was made from
+        dropped = {'label_names', 'label_descriptions'}
+        if self.in_chans != 3:
+            dropped.add('first_conv')  # timm would convert weights of that name from three channels
+        self.cfg = {key: value for key, value in copy.deepcopy(dict(cfg)).items() if key not in dropped}
+        self.cfg.update(self.data_config or {}, num_classes=classes)
+        self.cfg['input_size'] = (self.in_chans, *self.cfg['input_size'][1:])
+        if self.cfg['input_size'][1:] != tuple(cfg['input_size'][1:]):
+            self.cfg.pop('pool_size', None)
+
+        twin = timm.create_model(
+            cfg['architecture'], num_classes=classes, device='meta', **self.model_args)
+        shapes = {key: value.shape for key, value in self.model.state_dict().items()}
+        if shapes != {key: value.shape for key, value in twin.state_dict().items()}:
+            raise ValueError(
+                f'model must have the layers that {cfg["architecture"]} has with its arguments; this one was changed '
+                'after it was made.')
+
+    def config(self) -> bytes:
+        """ config.json as timm writes it."""
+        stand_in = SimpleNamespace(
+            pretrained_cfg=self.cfg, num_classes=self.model.num_classes, num_features=self.model.num_features)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / CONFIG
+            save_config_for_hf(
+                stand_in, path, model_config=dict(label_names=self.label_names and list(self.label_names)),
+                model_args=self.model_args)
+            return path.read_bytes()
+
+    def weights(self) -> bytes:
+        """ model.safetensors."""
+        state_dict = {key: value.detach().cpu().contiguous() for key, value in self.model.state_dict().items()}
+        # one entry alone: safetensors writes several in any order, and the same model must be the same file
+        return save(state_dict, metadata={'format': 'pt'})
+
+    def card(self, title: str, source: str) -> str:
+        """ README.md, see `model_card`."""
+        return model_card(self.model, title, source, self.cfg, self.metrics, self.dataset, self.training)
+
+    def files(self, repo_id: str) -> Dict[str, bytes]:
+        """ Every file of its repository."""
+        card = self.card(repo_id.rpartition('/')[2], f'hf-hub:{repo_id}')
+        return {CONFIG: self.config(), WEIGHTS: self.weights(), CARD: card.encode(), **self.extra}
+
+
+def zoo_release(name: str) -> Release:
+    """ A model of the zoo, with what the manifest says of it.
+
+    Raises:
+        ValueError: If the zoo has no weights of that name.
+    """
+    arch, _, tag = name.partition('.')
+    name = name if tag or not _is_ours(arch) else f'{arch}.{timm.get_pretrained_cfg(arch).tag}'
+    if name not in manifest.entries():
+        raise ValueError(f'{name!r} has no weights in the zoo; {", ".join(sorted(manifest.entries()))} have.')
+    return _of_the_zoo(timm.create_model(name, pretrained=True), manifest.entries()[name])
+
+
+def _of_the_zoo(model: nn.Module, entry: Dict[str, Any], **given) -> Release:
+    training = entry['training']
+    files = {ARGS: manifest.WEIGHTS_DIR / training['args'], SUMMARY: manifest.WEIGHTS_DIR / training['summary']}
+    return Release(**{
+        'model': model, 'metrics': entry['metrics'], 'dataset': entry['dataset'],
+        'label_names': manifest.label_names(entry['dataset']), 'training': training,
+        'extra': {key: path.read_bytes() for key, path in files.items() if path.is_file()},
+        **{key: value for key, value in given.items() if value is not None},
+    })
+
+
+def run_release(path: Path, dataset: Optional[str] = None) -> Release:
+    """ The model of a run of timm's train.py, from its output folder or one of its checkpoints.
+
+    Preprocessing is that of the run's arguments, class names are its class folders' where they are at hand, metrics
+    those that train.py measured of the checkpoint on its validation split.
+
+    Raises:
+        ValueError: If it is not a run, or of another architecture.
+    """
+    checkpoint = path / 'last.pth.tar' if path.is_dir() else path
+    folder = checkpoint.parent
+    args = read_args(folder)
+    arch = str(args['model']).partition('.')[0]
+    if not _is_ours(arch):
+        raise ValueError(f'{folder} trained {args["model"]}, which is no model of this package.')
+    if not checkpoint.is_file():
+        raise ValueError(f'{folder} has no {checkpoint.name}: train at least one epoch.')
+    state_dict = load_state_dict(str(checkpoint))
+    given = {'in_chans': args.get('in_chans'), 'num_classes': args.get('num_classes'), 'global_pool': args.get('gp')}
+    model = timm.create_model(
+        args['model'], **{key: value for key, value in given.items() if value is not None},
+        **(args.get('model_kwargs') or {}))
+    model.load_state_dict(state_dict)
+
+    name = str(args.get('dataset') or '')
+    known = name.rpartition('/')[2]
+    labels = manifest.label_names(known) if name.startswith(('torch/', 'tfds/')) and known in DATASETS else None
+    root = args.get('data_dir') or args.get('data')
+    if not name and root and Path(root).is_dir():
+        reader = create_dataset('', root=root, split=args['train_split'], class_map=args.get('class_map') or '').reader
+        labels = tuple(sorted(reader.class_to_idx, key=reader.class_to_idx.get))
+    epoch = None
+    if checkpoint.suffix != '.safetensors':
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            epoch = torch.load(checkpoint, map_location='cpu', weights_only=True).get('epoch')
+    rows = [row for row in read_summary(folder) if epoch is None or int(row['epoch']) == epoch]
+    metrics = {key: float(rows[-1][f'eval_{key}']) for key in _METRICS if rows and rows[-1].get(f'eval_{key}')}
+    if metrics:
+        metrics['measured_by'] = f"timm's train.py on its {args['val_split']} split, after epoch {rows[-1]['epoch']}"
+    files = {ARGS: yaml.safe_dump(public_args(args)).encode()}
+    if (folder / SUMMARY).is_file():
+        files[SUMMARY] = (folder / SUMMARY).read_bytes()
+    return Release(
+        model, metrics, dataset or (known if known in DATASETS else None), labels,
+        resolve_data_config(args, pretrained_cfg=dict(model.pretrained_cfg)),
+        {'seed': args.get('seed'), 'args': ARGS}, files)
+
+
+def folder_release(folder: Path, dataset: Optional[str] = None) -> Release:
+    """ The model of a local folder as `pull` leaves it and timm's 'local-dir:' reads it."""
+    model = _load(folder, str(folder))
+    config = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
+    extra = {name: (folder / name).read_bytes() for name in (ARGS, SUMMARY) if (folder / name).is_file()}
+    return Release(
+        model, dataset=dataset, label_names=config.get('label_names'),
+        training={'args': ARGS} if ARGS in extra else {}, extra=extra)
+
+
+def upload(
+        release: Release,
+        repo_id: str,
+        *,
+        private: bool = False,
+        token: Optional[str] = None,
+        revision: Optional[str] = None,
+        commit_message: str = 'Add model',
+        create_pr: bool = False,
+        parent_commit: Optional[str] = None,
+) -> CommitInfo:
+    """ Publish a release in one commit, see `push_to_hub`."""
+    api = HfApi(token=token, **_LIBRARY)
+    with explained(repo_id, revision):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    files = release.files(repo_id)
+    with explained(repo_id, revision):
+        try:
+            head = api.model_info(repo_id, revision=revision).sha
+        except RevisionNotFoundError:
+            if create_pr:
+                raise
+            api.create_branch(repo_id, branch=revision)
+            head = api.model_info(repo_id, revision=revision).sha
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                existing = hf_hub_download(repo_id, CARD, revision=head, local_dir=folder, token=token, **_LIBRARY)
+            except EntryNotFoundError:
+                pass
+            else:
+                card = merge_cards(Path(existing).read_text(encoding='utf-8'), files[CARD].decode())
+                files[CARD] = card.encode()
+        return api.create_commit(
+            repo_id,
+            [CommitOperationAdd(name, content) for name, content in files.items()],
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+            # the card was merged with that of this commit: whatever came in between must not be overwritten
+            parent_commit=parent_commit or head,
+        )
+
+
+def push_to_hub(
+        model: nn.Module,
+        repo_id: str,
+        *,
+        metrics: Optional[Dict[str, Any]] = None,
+        dataset: Optional[str] = None,
+        private: bool = False,
+        token: Optional[str] = None,
+        revision: Optional[str] = None,
+        commit_message: str = 'Add model',
+        create_pr: bool = False,
+        parent_commit: Optional[str] = None,
+        label_names: Optional[Sequence[str]] = None,
+        data_config: Optional[Dict[str, Any]] = None,
+) -> str:
+    """ Publish a model on the Hub, for `timm.create_model('hf-hub:USER/NAME', pretrained=True)`.
+
+    One commit with config.json, model.safetensors and the card. Nothing is guessed of a model that was trained further:
+    its metrics, data set and class names are those given here, or none; only a model with the zoo's own weights has
+    the zoo's. A card that is there already is made anew but for what others wrote in it. Pushing the same again makes
+    no new commit.
+
+    Args:
+        model: Model of this package from `timm.create_model`, as it is or wrapped (compiled, DDP, EMA).
+        repo_id: 'USER/NAME', made if it does not exist.
+        metrics: 'top1' and 'top5' in percent, on how many 'images', 'measured_by' what.
+        dataset: What it was trained on: a name of `splitmixer_timm.card.DATASETS`, an id of the Hub, or any other name.
+        private: Whether a new repository is private.
+        token: Token of the Hub, the one that is logged in if None.
+        revision: Branch, made if it does not exist; 'main' if None.
+        commit_message: Message of the commit.
+        create_pr: Open a pull request in place of committing to the branch.
+        parent_commit: Commit that must be the last one; a later one makes the push fail.
+        label_names: Class names in label order.
+        data_config: Preprocessing, as `timm.data.resolve_data_config` gives it; the model's pretrained cfg's if None.
+
+    Returns:
+        URL of the commit, or of the pull request.
+
+    Raises:
+        ValueError: If the model or what is said of it cannot be published.
+        HubError: If the Hub refuses or cannot be reached; the repository is then as it was.
+    """
+    given = dict(metrics=metrics, dataset=dataset, label_names=label_names, data_config=data_config)
+    release = Release(model, **given)
+    entry = _zoo_entry(release.model)
+    if entry:
+        release = _of_the_zoo(release.model, entry, **given)
+    info = upload(
+        release, repo_id, private=private, token=token, revision=revision, commit_message=commit_message,
+        create_pr=create_pr, parent_commit=parent_commit)
+    return info.pr_url or info.commit_url
+
+
+def _load(folder: Path, name: str) -> nn.Module:
+    """ Model of a folder with config.json and model.safetensors."""
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).is_file():
+            raise HubError(f'{name}: no {file}.')
+    try:
+        arch = json.loads((folder / CONFIG).read_text(encoding='utf-8'))['architecture']
+    except (ValueError, KeyError, TypeError) as e:
+        raise HubError(f'{name}: {CONFIG} is not a config of timm ({e!r}).') from e
+    if not _is_ours(arch):
+        raise HubError(f'{name}: architecture {arch!r} is none of this package; use timm.create_model for others.')
+    with explained(name), safe_open(folder / WEIGHTS, framework='pt'):
+        pass
+    try:
+        return timm.create_model(f'local-dir:{folder}', pretrained=True)
+    except (RuntimeError, ValueError, TypeError, KeyError) as e:
+        raise HubError(f'{name}: {CONFIG} does not fit {WEIGHTS}: {" ".join(str(e).split())[:500]}') from e
+
+
+def download(
+        repo_id: str,
+        *,
+        revision: Optional[str] = None,
+        token: Optional[str] = None,
+        cache_dir: Optional[Union[str, Path]] = None,
+        local_files_only: bool = False,
+        optional: Sequence[str] = (),
+) -> Path:
+    """ Folder of the cache with config.json and model.safetensors of one commit, and what there is of `optional`."""
+    kwargs = dict(cache_dir=cache_dir, token=token, **_LIBRARY)
+    with explained(repo_id, revision):
+        if not local_files_only and not constants.HF_HUB_OFFLINE:
+            try:
+                # one request that fails at once, where a download would try for half a minute
+                HfApi(token=token, **_LIBRARY).model_info(repo_id, revision=revision, timeout=_REACH_SECONDS)
+            except TransportError as e:
+                if isinstance(e, HfHubHTTPError) and e.response.status_code < 500:
+                    raise
+                local_files_only = True
+                try:
+                    hf_hub_download(repo_id, WEIGHTS, revision=revision, cache_dir=cache_dir, local_files_only=True)
+                except EntryNotFoundError:
+                    raise e from None
+                _logger.warning(f'{repo_id}: the Hub cannot be reached, taken from the cache')
+        kwargs['local_files_only'] = local_files_only
+        folder = Path(hf_hub_download(repo_id, CONFIG, revision=revision, **kwargs)).parent
+        kwargs['revision'] = folder.name  # the commit, so that the files are of one
+        manifest.check_download(hf_hub_download(repo_id, WEIGHTS, **kwargs))
+        for name in optional:
+            try:
+                hf_hub_download(repo_id, name, **kwargs)
+            except EntryNotFoundError:
+                pass
+    return folder
+
+
+def pull_from_hub(
+        repo_id: str,
+        *,
+        revision: Optional[str] = None,
+        token: Optional[str] = None,
+        cache_dir: Optional[Union[str, Path]] = None,
+        local_files_only: bool = False,
+) -> nn.Module:
+    """ A model of this package from the Hub.
+
+    Both files are of one commit; weights are read from safetensors only. Without a network the cache is used.
+
+    Args:
+        repo_id: 'USER/NAME', or 'USER/NAME@REVISION'.
+        revision: Branch, tag or commit; 'main' if None.
+        token: Token of the Hub, the one that is logged in if None.
+        cache_dir: Where to keep downloads, huggingface_hub's own cache if None.
+        local_files_only: Ask no network.
+
+    Returns:
+        The model, in train mode as `timm.create_model` gives it.
+
+    Raises:
+        HubError: If it cannot be had (no such repository or revision, no permission, no network and not in the cache)
+            or cannot be used (another architecture, weights that do not fit its config, damaged files).
+    """
+    repo_id, revision = split_revision(repo_id, revision)
+    folder = download(
+        repo_id, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    return _load(folder, repo_id)
+
+
+def split_revision(repo_id: str, revision: Optional[str]) -> Tuple[str, Optional[str]]:
+    """ 'USER/NAME@REVISION' as timm takes it, in its two parts."""
+    name, at, own = repo_id.partition('@')
+    if at and revision is not None:
+        raise ValueError(f'revision must be given once, got {repo_id!r} and revision={revision!r}.')
+    return name, own if at else revision
+
+
+def pull_to_folder(
+        repo_id: str,
+        folder: Path,
+        *,
+        revision: Optional[str] = None,
+        token: Optional[str] = None,
+) -> List[str]:
+    """ Leave a model of the Hub in a new folder that `timm.create_model('local-dir:FOLDER', pretrained=True)` reads.
+
+    Returns:
+        Names of the files in it.
+
+    Raises:
+        ValueError: If the folder exists and has something in it.
+        HubError: As `pull_from_hub`; the folder is then not made.
+    """
+    repo_id, revision = split_revision(repo_id, revision)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f'{folder} exists already: name another folder.')
+    cached = download(repo_id, revision=revision, token=token, optional=(CARD, ARGS, SUMMARY))
+    _load(cached, repo_id)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f'.{folder.name}-', dir=folder.parent))
+    try:
+        names = [name for name in (CONFIG, WEIGHTS, CARD, ARGS, SUMMARY) if (cached / name).is_file()]
+        for name in names:
+            shutil.copyfile(cached / name, temporary / name)
+        temporary.chmod(0o755)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return names

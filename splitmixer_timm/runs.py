@@ -1,0 +1,40 @@
+""" What timm's train.py leaves in the output folder of a run. """
+import csv
+from pathlib import Path
+from typing import Any, Dict, List
+
+import yaml
+
+# what in a run's arguments is a place on the machine it ran on
+PATH_ARGS = {
+    'config': '<CONFIG>', 'data': '<DATA_DIR>', 'data_dir': '<DATA_DIR>', 'output': '<OUTPUT_DIR>',
+    'resume': '<RESUME>', 'initial_checkpoint': '<CHECKPOINT>', 'pretrained_path': '<CHECKPOINT>',
+    'class_map': '<CLASS_MAP>',
+}
+
+
+def read_args(run_dir: Path) -> Dict[str, Any]:
+    """ Arguments of a run.
+
+    Raises:
+        ValueError: If the folder has none.
+    """
+    path = run_dir / 'args.yaml'
+    if not path.is_file():
+        raise ValueError(f'{run_dir} is not an output folder of train.py: it has no args.yaml')
+    return yaml.safe_load(path.read_text(encoding='utf-8'))
+
+
+def public_args(run_args: Dict[str, Any]) -> Dict[str, Any]:
+    """ Arguments of a run with placeholders for places on the machine it ran on."""
+    return {key: PATH_ARGS[key] if key in PATH_ARGS and value else value for key, value in run_args.items()}
+
+
+def read_summary(run_dir: Path) -> List[Dict[str, str]]:
+    """ A row of summary.csv for each epoch that the run has finished; none where it has not begun.
+
+    A resumed run writes the header again, and an epoch that was cut off before its checkpoint was written as well.
+    """
+    path = run_dir / 'summary.csv'
+    rows = csv.DictReader(path.read_text().splitlines()) if path.is_file() else []
+    return list({row['epoch']: row for row in rows if row['epoch'] != 'epoch'}.values())

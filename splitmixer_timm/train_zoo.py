@@ -1,0 +1,203 @@
+""" Train the zoo: a queue of runs of timm's train.py, every finished model added to `weights/` by `add_run`.
+
+    python -m splitmixer_timm.train_zoo --scripts TIMM_CHECKOUT --data-dir DATA --output RUNS --device cuda --jobs 4
+
+Without names it trains all of the queue file (`weights/queue.yaml`), which says for each 'arch.tag' the recipe, what
+differs from it (`args`) and the seeds, the first of which is published. `DATA/cifar10` and so on hold `train/CLASS` and
+`validation/CLASS`. The same command again resumes what was cut off and trains nothing twice. Needs the `bench`
+extra.
+"""
+import argparse
+import subprocess
+import sys
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from time import sleep
+from typing import Any, Dict, List, Optional
+
+import torch
+import yaml
+from timm.models import is_model
+from tqdm import tqdm
+
+from . import manifest
+from .add_run import ELAPSED, add_runs, planned_epochs
+from .cli import RECIPES_DIR
+from .runs import read_summary
+
+KEYS = {'recipe', 'args', 'seeds'}
+POLL_SECONDS = 2.
+
+
+@dataclass(frozen=True)
+class Run:
+    """ One seed of one model: its output folder, and the arguments of train.py that make it."""
+    name: str
+    folder: Path
+    config: Dict[str, Any]
+
+    def done(self) -> int:
+        """ Epochs that are finished."""
+        return len(read_summary(self.folder))
+
+
+@dataclass(frozen=True)
+class Model:
+    """ A model to train: 'arch.tag', its data set, one line on how, and a run for each seed."""
+    name: str
+    dataset: str
+    recipe: str
+    runs: List[Run]
+
+
+def read_queue(path: Path, patterns: List[str], output: Path, **train_args) -> List[Model]:
+    """ Models of a queue file that fit one of the patterns, all of them where there is none.
+
+    Raises:
+        ValueError: If the file is not a queue, or no model fits.
+    """
+    try:
+        queue = yaml.safe_load(path.read_text(encoding='utf-8'))
+    except (OSError, yaml.YAMLError) as e:
+        raise ValueError(f'queue {path} cannot be read: {e}') from e
+    if not isinstance(queue, dict):
+        raise ValueError(f"queue {path} must map each 'arch.tag' to a recipe")
+    for pattern in patterns:
+        if not any(fnmatch(name, pattern) for name in queue):
+            raise ValueError(f'{pattern!r} is not in the queue {path}; it has {", ".join(queue)}')
+    return [
+        _read_model(path, name, item, output, train_args) for name, item in queue.items()
+        if not patterns or any(fnmatch(name, pattern) for pattern in patterns)
+    ]
+
+
+def _read_model(path: Path, name: str, item: Any, output: Path, train_args: Dict[str, Any]) -> Model:
+    if not isinstance(item, dict) or not {'recipe'} <= item.keys() <= KEYS:
+        raise ValueError(f'{name} in {path} must have a recipe, may have args and seeds, and nothing else')
+    arch = name.partition('.')[0]
+    recipe = RECIPES_DIR / f'{item["recipe"]}.yaml'
+    if not is_model(arch) or not recipe.is_file():
+        raise ValueError(f'{name} in {path} must be a model of the zoo with one of its recipes, got {item["recipe"]!r}')
+    base, args = yaml.safe_load(recipe.read_text(encoding='utf-8')), item.get('args', {})
+    dataset = base['model'].partition('.')[2]
+    runs = []
+    for seed in item.get('seeds', [base['seed']]):
+        config = {
+            **base, 'model': f'{arch}.{dataset}', 'dataset': '', 'dataset_download': False, 'seed': seed, **train_args,
+            'data_dir': str(train_args['data_dir'] / dataset), 'output': str(output), 'experiment': f'{name}-{seed}',
+            **args,
+        }
+        runs.append(Run(name, output / f'{name}-{seed}', config))
+    return Model(name, dataset, '; '.join([item['recipe'], *(f'{k} {v}' for k, v in args.items())]), runs)
+
+
+def start(run: Run, scripts: Path) -> subprocess.Popen:
+    """ Begin a run, or go on after its last checkpoint; what it prints is kept in its folder."""
+    config = run.config
+    checkpoint = run.folder / 'last.pth.tar'
+    run.folder.mkdir(parents=True, exist_ok=True)
+    if checkpoint.is_file():
+        # train.py writes args.yaml anew, and with it the time that this part began
+        seconds = checkpoint.stat().st_mtime - (run.folder / 'args.yaml').stat().st_mtime
+        with open(run.folder / ELAPSED, 'a', encoding='utf-8') as f:
+            f.write(f'{seconds:.0f}\n')
+        config = {**config, 'resume': str(checkpoint)}
+    else:
+        (run.folder / 'summary.csv').unlink(missing_ok=True)
+    manifest.replace_file(run.folder / 'config.yaml', yaml.safe_dump(config).encode())
+    with open(run.folder / 'train.log', 'ab') as log:
+        return subprocess.Popen(
+            [sys.executable, str(scripts / 'train.py'), '--config', str(run.folder / 'config.yaml')],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+
+
+def train(models: List[Model], scripts: Path, data_dir: Path, device: str, jobs: int) -> List[str]:
+    """ Train the models, `jobs` runs at once, and add each to the zoo when its last run is finished.
+
+    Returns:
+        What went wrong, a line for each run or model that failed; the others are trained all the same.
+    """
+    runs = [run for model in models for run in model.runs]
+    planned = {run.folder: planned_epochs(run.config) for run in runs}
+    waiting = [run for run in runs if run.done() < planned[run.folder]]
+    running: Dict[Path, subprocess.Popen] = {}
+    models, failures = list(models), []
+    progress = tqdm(total=sum(planned.values()), unit='epoch', disable=None)
+    try:
+        while models:
+            while waiting and len(running) < jobs:
+                run = waiting.pop(0)
+                running[run.folder] = start(run, scripts)
+            for folder, process in list(running.items()):
+                if process.poll() is not None:
+                    del running[folder]
+                    if process.returncode:
+                        failures.append(f'{folder.name}: train.py failed, see {folder / "train.log"}')
+            progress.n = sum(run.done() for run in runs)
+            progress.refresh()
+            busy = {*running, *(run.folder for run in waiting)}
+            ended = [model for model in models if not any(run.folder in busy for run in model.runs)]
+            for model in ended:
+                models.remove(model)
+                if any(run.done() < planned[run.folder] for run in model.runs):
+                    continue  # told above
+                try:
+                    entry = add_runs(
+                        model.name, [run.folder for run in model.runs], model.dataset, data_dir / model.dataset,
+                        scripts, model.recipe, device=device)
+                    tqdm.write(f'{model.name}: top-1 {entry["metrics"]["top1"]:.2f} %')
+                except (ValueError, subprocess.CalledProcessError) as e:
+                    failures.append(f'{model.name}: not added: {e}')
+            if models and not ended:
+                sleep(POLL_SECONDS)
+    finally:
+        progress.close()
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
+    return failures
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """ Run the queue.
+
+    Returns:
+        0 if every model was trained and added, else 1.
+    """
+    parser = argparse.ArgumentParser(
+        prog='splitmixer_timm.train_zoo', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('names', metavar='NAME', nargs='*', help="'arch.tag' or a pattern ('*.cifar10') of the queue")
+    parser.add_argument('--queue', type=Path, default=manifest.WEIGHTS_DIR / 'queue.yaml', help='another queue file')
+    parser.add_argument('--scripts', type=Path, required=True, help="folder with timm's train.py and validate.py")
+    parser.add_argument('--data-dir', type=Path, required=True, help='folder with a folder for each data set')
+    parser.add_argument('--output', type=Path, required=True, help='folder for the runs')
+    parser.add_argument(
+        '--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='default here: %(default)s')
+    parser.add_argument('--jobs', type=int, default=1, help='runs at once (default: %(default)s)')
+    parser.add_argument('--workers', type=int, default=4, help='data loaders a run (default: %(default)s)')
+    args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error(f'--jobs must be at least 1, got {args.jobs}')
+    for script in ('train.py', 'validate.py'):
+        if not (args.scripts / script).is_file():
+            parser.error(f'--scripts must be a folder with train.py and validate.py, {args.scripts} has no {script}')
+    try:
+        models = read_queue(
+            args.queue, args.names, args.output.resolve(), data_dir=args.data_dir.resolve(), device=args.device,
+            workers=args.workers)
+    except ValueError as e:
+        parser.error(str(e))
+    for dataset in {model.dataset for model in models}:
+        for split in ('train', 'validation'):
+            if not (args.data_dir / dataset / split).is_dir():
+                parser.error(f'--data-dir must have image folders {dataset}/{split}, {args.data_dir} has not')
+    failures = train(models, args.scripts, args.data_dir, args.device, args.jobs)
+    for failure in failures:
+        print(f'splitmixer_timm.train_zoo: {failure}', file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

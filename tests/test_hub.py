@@ -1,0 +1,694 @@
+""" Push and pull, through the real client of the Hub, to a Hub on loopback. """
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import timm
+import torch
+import yaml
+from conftest import BASELINES, ROOT, SPLITMIXERS
+from hub_server import HubServer, use_hub
+from huggingface_hub import constants
+from safetensors import safe_open
+from safetensors.torch import load, load_file
+from torch import nn
+
+import splitmixer_timm
+from splitmixer_timm import HubError, card, cli, hub, manifest, pull_from_hub, push_to_hub
+
+NAME = 'splitmixer_ii_256_8.cifar10'
+ZOO = 'splitmixer_i_256_8.cifar10'
+REPO = 'alice/model'
+TOKEN = 'hf_alice_secret'
+SMALL = dict(depth=2, dim=16)
+
+
+def start(storage, monkeypatch, tmp_path):
+    server = HubServer(storage=storage)
+    server.add_token(TOKEN, 'alice', orgs=['zoo'])
+    server.add_token('hf_reader_secret', 'alice', role='read')
+    server.add_token('hf_bob_secret', 'bob')
+    use_hub(server, monkeypatch, tmp_path / 'client')
+    return server
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    with start('lfs', monkeypatch, tmp_path) as server:
+        yield server
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path, server):
+    """ Call it for an empty cache."""
+    def clear():
+        shutil.rmtree(tmp_path / 'client', ignore_errors=True)
+    return clear
+
+
+def create(name=NAME, **kwargs):
+    """ A small model whose every weight and statistic is its own."""
+    model = timm.create_model(name, **{**SMALL, **kwargs}).eval()
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            if value.is_floating_point():
+                value.uniform_(0.1, 0.5)
+    return model
+
+
+def images(model, size=None):
+    cfg = model.pretrained_cfg
+    return torch.rand(2, model.stem[0].in_channels, *(size or cfg['input_size'][1:]))
+
+
+def files(server, repo=REPO, revision='main'):
+    return {k: v for k, v in server.repos[repo].files(revision).items() if k != '.gitattributes'}
+
+
+def assert_same(a, b, size=None):
+    x = images(a, size)
+    with torch.inference_mode():
+        assert torch.equal(a.eval()(x), b.eval()(x))
+
+
+class TestRoundTrip:
+    @pytest.mark.parametrize('name', [*SPLITMIXERS, *BASELINES])
+    def test_every_variant(self, server, name):
+        """ Pushed, and created by timm from an empty cache, it is the same to the last bit."""
+        model = create(name, dim=24, depth=3)
+        push_to_hub(model, REPO, token=TOKEN)
+        again = timm.create_model(f'hf-hub:{REPO}', pretrained=True)
+        assert_same(model, again, size=(42, 42))
+        assert again.pretrained_cfg['architecture'] == name
+        config, expected = (json.dumps(timm.data.resolve_model_data_config(m)) for m in (again, model))
+        assert config == expected
+        assert_same(model, pull_from_hub(REPO), size=(42, 42))
+
+    def test_full_size(self, server):
+        """ The model that the zoo has weights of, as it is."""
+        model = timm.create_model(ZOO, pretrained=True)
+        push_to_hub(model, REPO, token=TOKEN)
+        assert_same(model, timm.create_model(f'hf-hub:{REPO}', pretrained=True))
+
+    def test_by_xet(self, monkeypatch, tmp_path):
+        with start('xet', monkeypatch, tmp_path) as server:
+            model = create()
+            push_to_hub(model, REPO, token=TOKEN)
+            assert any('xet-write-token' in request.path for request in server.requests)
+            assert_same(model, timm.create_model(f'hf-hub:{REPO}', pretrained=True))
+            assert any('xet-read-token' in request.path for request in server.requests)
+
+    @pytest.mark.parametrize('kwargs', [
+        dict(act_layer=nn.ReLU),
+        dict(act_layer='silu', norm_layer=timm.layers.LayerNorm2d),
+        dict(overlap_ratio='6/11'),
+        dict(in_chans=1),
+        dict(in_chans=4),
+        dict(num_classes=0),
+        dict(num_classes=7, global_pool='max'),
+        dict(name='splitmixer_iv_256_8', num_segments='4', channel_residual='true', drop_path_rate=0.1),
+        dict(name='convmixer_256_8', act_layer=nn.SiLU, in_chans=2),
+    ], ids=str)
+    def test_arguments(self, server, kwargs):
+        model = create(**{'name': 'splitmixer_i_256_8', **kwargs})
+        push_to_hub(model, REPO, token=TOKEN)
+        json.loads(files(server)['config.json'])
+        for again in (timm.create_model(f'hf-hub:{REPO}', pretrained=True), pull_from_hub(REPO)):
+            assert_same(model, again)
+            assert again.num_classes == model.num_classes
+            assert timm.data.resolve_model_data_config(again)['input_size'][0] == model.stem[0].in_channels
+
+    def test_wrapped_and_laid_out_otherwise(self, server):
+        model = create()
+        push_to_hub(torch.compile(nn.DataParallel(model)), REPO, token=TOKEN)
+        first = files(server)
+        push_to_hub(model.to(memory_format=torch.channels_last), REPO, token=TOKEN)
+        assert files(server) == first
+        push_to_hub(timm.utils.ModelEmaV3(model).half(), REPO, token=TOKEN)
+        assert load(files(server)['model.safetensors'])['head.weight'].dtype == torch.float16
+
+    def test_pretrained_cfg_is_a_fresh_start(self, server):
+        """ A pulled model can be trained further and pushed again."""
+        push_to_hub(create(), REPO, token=TOKEN)
+        model = pull_from_hub(REPO)
+        model.reset_classifier(5)
+        push_to_hub(model, 'alice/other', token=TOKEN, label_names=list('abcde'))
+        again = pull_from_hub('alice/other')
+        assert again.num_classes == 5
+        assert again.pretrained_cfg['label_names'] == list('abcde')
+
+
+class TestContents:
+    def test_files(self, server):
+        url = push_to_hub(create(), REPO, token=TOKEN, metrics=dict(top1=50, top5=99.5), dataset='cifar10')
+        commit = server.repos[REPO].commits[-1]
+        assert url == f'{server.endpoint}/{REPO}/commit/{commit.id}'
+        assert len(server.repos[REPO].commits) == 2  # the Hub's own first one, and ours
+        assert files(server).keys() == {'config.json', 'model.safetensors', 'README.md'}
+        config = json.loads(files(server)['config.json'])
+        assert config['architecture'] == 'splitmixer_ii_256_8'
+        assert config['num_classes'] == 10
+        assert 'file' not in config['pretrained_cfg']
+        assert str(ROOT) not in json.dumps(config)
+
+    def test_weights_have_metadata(self, server, tmp_path):
+        push_to_hub(create(), REPO, token=TOKEN)
+        (tmp_path / 'weights').write_bytes(files(server)['model.safetensors'])
+        with safe_open(tmp_path / 'weights', 'pt') as f:
+            assert f.metadata() == {'format': 'pt'}
+
+    def test_somebodys_ten_classes_are_not_cifars(self, server):
+        """ timm would keep the class names of what a model was made from."""
+        model = timm.create_model(ZOO, pretrained=True)
+        with torch.no_grad():
+            model.head.bias.add_(1)
+        assert 'airplane' in model.pretrained_cfg['label_names']
+        push_to_hub(model, REPO, token=TOKEN)
+        assert b'airplane' not in files(server)['config.json']
+        assert b'83.96' not in files(server)['README.md']
+        assert 'Not measured.' in files(server)['README.md'].decode()
+        push_to_hub(model, REPO, token=TOKEN, label_names=tuple('abcdefghij'))
+        again = timm.create_model(f'hf-hub:{REPO}', pretrained=True)
+        assert again.pretrained_cfg['label_names'] == list('abcdefghij')
+
+    def test_the_zoos_own_weights_have_the_zoos_names(self, server):
+        push_to_hub(timm.create_model(ZOO, pretrained=True), REPO, token=TOKEN)
+        config = json.loads(files(server)['config.json'])
+        assert config['label_names'][0] == 'airplane'
+        top1 = f'{manifest.entries()[ZOO]["metrics"]["top1"]:.2f}'
+        assert f'top-1 accuracy, %: {top1}' in files(server)['README.md'].decode()
+        assert files(server).keys() >= {'args.yaml', 'summary.csv'}
+
+    def test_preprocessing(self, server):
+        push_to_hub(create(), REPO, token=TOKEN, data_config=dict(mean=(0.5, 0.5, 0.5), input_size=(3, 64, 64)))
+        config = timm.data.resolve_model_data_config(pull_from_hub(REPO))
+        assert tuple(config['mean']) == (0.5, 0.5, 0.5)
+        assert tuple(config['input_size']) == (3, 64, 64)
+        assert tuple(config['std']) == (.2023, .1994, .2010)
+
+    def test_same_again_is_no_commit(self, server):
+        model = create()
+        first = push_to_hub(model, REPO, token=TOKEN)
+        assert push_to_hub(model, REPO, token=TOKEN) == first
+        assert len(server.repos[REPO].commits) == 2
+
+    def test_card_is_refreshed_and_what_others_wrote_kept(self, server):
+        model = create()
+        push_to_hub(model, REPO, token=TOKEN, metrics=dict(top1=50.), dataset='cifar10')
+        old = files(server)['README.md'].decode()
+        edited = old.replace('tags:\n', 'language: en\ntags:\n- mine\n') + '\n## Thanks\n\nTo my cat.\n'
+        server.repos[REPO].commit({**server.repos[REPO].files(), 'README.md': edited.encode()}, 'Edit')
+        push_to_hub(model, REPO, token=TOKEN, metrics=dict(top1=60.), dataset='cifar10')
+        new = files(server)['README.md'].decode()
+        assert new.count('To my cat.') == new.count('## Evaluation') == 1
+        assert 'top-1 accuracy, %: 60.00' in new
+        assert '50.0' not in new
+        metadata = yaml.safe_load(new.split('---')[1])
+        assert metadata['language'] == 'en'
+        assert set(metadata['tags']) == {'mine', 'timm', 'splitmixer'}
+        assert metadata['model-index'][0]['results'][0]['metrics'][0]['value'] == 60
+        push_to_hub(model, REPO, token=TOKEN)
+        assert 'model-index' not in files(server)['README.md'].decode()
+
+    def test_card_of_another_tool(self, server):
+        server.create_repo(REPO).commit({'README.md': b'# By hand\n\nText.\n'}, 'First')
+        push_to_hub(create(), REPO, token=TOKEN)
+        new = files(server)['README.md'].decode()
+        assert new.startswith('---\n')
+        assert '# By hand\n\nText.' in new
+
+
+class TestRefused:
+    """ Before anything is asked of the Hub."""
+
+    @pytest.mark.parametrize(('make', 'kwargs', 'message'), [
+        (lambda: timm.create_model('test_vit'), {}, 'model must be a SplitMixer or ConvMixer'),
+        (lambda: timm.create_model('convmixer_768_32', device='meta'), {}, 'model must be a SplitMixer or ConvMixer'),
+        (lambda: create(features_only=True, out_indices=(0,)), {}, 'model must be a SplitMixer or ConvMixer'),
+        (lambda: splitmixer_timm.SplitMixer(16, 2), {}, 'made by timm.create_model'),
+        (lambda: create(act_layer=type('Mine', (nn.ReLU,), {})), {}, 'act_layer of the model must be one'),
+        (create, dict(label_names=['a']), 'a name for each of 10 classes, got 1'),
+        (create, dict(metrics=dict(top1=0.9, f1=1)), "and no other, got 'f1'"),
+        (create, dict(metrics=dict(top1=101)), 'from 0 to 100'),
+        (create, dict(metrics=dict(top1='90')), 'from 0 to 100'),
+    ])
+    def test_model_or_claims(self, server, make, kwargs, message):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            push_to_hub(make(), REPO, token=TOKEN, **kwargs)
+        assert not server.requests
+
+    def test_changed_model(self, server):
+        model = create()
+        model.head = nn.Linear(16, 4)
+        with pytest.raises(ValueError, match='was changed after it was made'):
+            push_to_hub(model, REPO, token=TOKEN)
+        assert not server.requests
+
+
+class TestRevisions:
+    def test_branch_tag_and_commit(self, server):
+        one, two = create(), create()
+        push_to_hub(one, REPO, token=TOKEN)
+        push_to_hub(two, REPO, token=TOKEN, revision='v2')
+        repo = server.repos[REPO]
+        repo.tags['release'] = repo.branches['main']
+        for revision, model in (('main', one), ('v2', two), ('release', one), (repo.branches['v2'], two)):
+            assert_same(model, timm.create_model(f'hf-hub:{REPO}@{revision}', pretrained=True))
+            assert_same(model, pull_from_hub(REPO, revision=revision))
+            assert_same(model, pull_from_hub(f'{REPO}@{revision}'))
+
+    def test_pull_request(self, server):
+        push_to_hub(create(), REPO, token=TOKEN)
+        before = files(server)
+        url = push_to_hub(create(), REPO, token=TOKEN, create_pr=True)
+        assert url == f'{server.endpoint}/{REPO}/discussions/1'
+        assert files(server) == before
+        assert files(server, revision='refs/pr/1')['model.safetensors'] != before['model.safetensors']
+
+    def test_private(self, server):
+        push_to_hub(create(), REPO, token=TOKEN, private=True)
+        assert server.repos[REPO].private
+
+    def test_revision_twice(self):
+        with pytest.raises(ValueError, match='revision must be given once'):
+            pull_from_hub(f'{REPO}@a', revision='b')
+
+
+def told(error):
+    """ The one line that a user reads."""
+    message = str(error.value)
+    assert '\n' not in message
+    assert 'secret' not in message
+    assert message.startswith(REPO)
+    return message
+
+
+class TestErrors:
+    @pytest.fixture(autouse=True)
+    def _no_token_in_logs(self, caplog, capfd):
+        """ Nothing of the client's or ours shows a token, at any level."""
+        with caplog.at_level(logging.DEBUG):
+            yield
+        out, err = capfd.readouterr()
+        assert 'secret' not in caplog.text + out + err
+
+    def test_missing_repo(self, server):
+        with pytest.raises(HubError) as error:
+            pull_from_hub(REPO)
+        assert 'no such repository' in told(error)
+
+    @pytest.mark.parametrize('token', [None, 'hf_bob_secret', 'hf_wrong_secret'])
+    def test_private(self, server, token):
+        push_to_hub(create(), REPO, token=TOKEN, private=True)
+        assert isinstance(pull_from_hub(REPO, token=TOKEN), splitmixer_timm.SplitMixer)
+        with pytest.raises(HubError) as error:
+            pull_from_hub(REPO, token=token)
+        assert 'token' in told(error)
+
+    def test_gated(self, server):
+        server.create_repo(REPO, gated=True).commit(hub.Release(create()).files(REPO), 'First')
+        with pytest.raises(HubError) as error:
+            pull_from_hub(REPO, token='hf_bob_secret')
+        assert 'gated' in told(error)
+
+    def test_missing_revision(self, server):
+        push_to_hub(create(), REPO, token=TOKEN)
+        with pytest.raises(HubError) as error:
+            pull_from_hub(REPO, revision='nowhere')
+        assert 'no such revision: nowhere' in told(error)
+
+    @pytest.mark.parametrize(('token', 'reason'), [
+        ('hf_reader_secret', 'no permission'), ('hf_bob_secret', 'no permission'), ('hf_wrong_secret', 'token')])
+    def test_push_without_permission(self, server, token, reason):
+        push_to_hub(create(), REPO, token=TOKEN)
+        before = files(server)
+        with pytest.raises(HubError) as error:
+            push_to_hub(create(), REPO, token=token)
+        assert reason in told(error)
+        assert files(server) == before
+
+    def test_stale_parent_commit(self, server):
+        push_to_hub(create(), REPO, token=TOKEN)
+        stale = server.repos[REPO].branches['main']
+        push_to_hub(create(), REPO, token=TOKEN)
+        before = files(server)
+        with pytest.raises(HubError) as error:
+            push_to_hub(create(), REPO, token=TOKEN, parent_commit=stale)
+        assert 'another commit came first' in told(error)
+        assert files(server) == before
+
+    def test_edited_meanwhile(self, server, monkeypatch):
+        """ A card that someone writes while we push is not overwritten."""
+        push_to_hub(create(), REPO, token=TOKEN)
+        merge = hub.merge_cards
+
+        def merge_late(*args):
+            server.repos[REPO].commit({'README.md': b'# Mine\n'}, 'Edit')
+            return merge(*args)
+
+        monkeypatch.setattr(hub, 'merge_cards', merge_late)
+        with pytest.raises(HubError, match='another commit came first'):
+            push_to_hub(create(), REPO, token=TOKEN)
+        assert files(server)['README.md'] == b'# Mine\n'
+
+    def test_no_network(self, server, monkeypatch):
+        """ At once, and with the repository's name; what is in the cache can still be had."""
+        push_to_hub(create(), REPO, token=TOKEN)
+        model = pull_from_hub(REPO)
+        server.__exit__(None, None, None)
+        began = time.monotonic()
+        assert_same(model, pull_from_hub(REPO))
+        with pytest.raises(HubError) as error:
+            pull_from_hub(REPO, revision='v2')
+        assert 'cannot be reached' in told(error)
+        with pytest.raises(HubError, match='cannot be reached'):
+            push_to_hub(model, REPO, token=TOKEN)
+        assert time.monotonic() - began < 20
+
+    def test_offline(self, server, monkeypatch):
+        push_to_hub(create(), REPO, token=TOKEN)
+        model = pull_from_hub(REPO)
+        server.requests.clear()
+        monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+        assert_same(model, pull_from_hub(REPO))
+        assert_same(model, timm.create_model(f'hf-hub:{REPO}', pretrained=True))
+        with pytest.raises(HubError) as error:
+            pull_from_hub(REPO, revision='v2')
+        assert 'offline (HF_HUB_OFFLINE is set), and the cache does not have it' in told(error)
+        assert not server.requests
+
+    def test_local_files_only(self, server):
+        push_to_hub(create(), REPO, token=TOKEN)
+        with pytest.raises(HubError) as error:
+            pull_from_hub(REPO, local_files_only=True)
+        assert 'not in the cache' in told(error)
+        model = pull_from_hub(REPO)
+        server.requests.clear()
+        assert_same(model, pull_from_hub(REPO, local_files_only=True))
+        assert not server.requests
+
+    def test_server_error(self, server):
+        """ timm alone tells of a missing pytorch_model.bin."""
+        push_to_hub(create(), REPO, token=TOKEN)
+        server.fail('model.safetensors', 503, times=None)
+        for load_it in (pull_from_hub, lambda repo: timm.create_model(f'hf-hub:{repo}', pretrained=True)):
+            with pytest.raises(HubError) as error:
+                load_it(REPO)
+            assert '503' in told(error)
+            assert 'try again later' in told(error)
+        server.faults.clear()
+        server.fail('/api/models', 503, times=None)
+        with pytest.raises(HubError, match='503'):
+            pull_from_hub(REPO)
+
+    def test_flaky(self, server):
+        """ An error or two in passing are overcome."""
+        model = create()
+        push_to_hub(model, REPO, token=TOKEN)
+        server.fail('config.json', 503, method='HEAD')
+        server.fail('/cdn/', 'drop')
+        assert_same(model, pull_from_hub(REPO))
+
+    @pytest.mark.parametrize('fault', ['wrong-hash', 'drop'])
+    def test_interrupted_pull_leaves_no_broken_cache(self, server, fault):
+        model = create(dim=64)
+        push_to_hub(model, REPO, token=TOKEN)
+        server.fail('/cdn/', fault, times=None)
+        with pytest.raises(HubError) as error:
+            pull_from_hub(REPO)
+        told(error)
+        server.faults.clear()
+        assert_same(model, pull_from_hub(REPO))
+
+    @pytest.mark.parametrize('where', ['/upload/', '/commit/', '/info/lfs/', '/preupload/'])
+    def test_interrupted_push_leaves_the_repository_alone(self, server, where):
+        push_to_hub(create(), REPO, token=TOKEN)
+        before, commits = files(server), len(server.repos[REPO].commits)
+        server.fail(where, 500, times=None)
+        model = create()
+        with pytest.raises(HubError) as error:
+            push_to_hub(model, REPO, token=TOKEN)
+        assert '500' in told(error)
+        assert files(server) == before
+        assert len(server.repos[REPO].commits) == commits
+        server.faults.clear()
+        push_to_hub(model, REPO, token=TOKEN)
+        assert_same(model, pull_from_hub(REPO))
+
+
+class TestUnusable:
+    @pytest.fixture
+    def repo(self, server):
+        """ Publish files of a model with changes; None takes a file away."""
+        def publish(**changes):
+            contents = hub.Release(create()).files(REPO)
+            changed = {**contents, **{k.replace('_', '.'): v for k, v in changes.items()}}
+            repo = server.create_repo(REPO)
+            repo.commit({k: v for k, v in changed.items() if v is not None}, 'First')
+            return contents
+        return publish
+
+    def test_only_a_pickle(self, repo, server):
+        repo(model_safetensors=None, pytorch_model_bin=b'x')
+        for load_it in (pull_from_hub, lambda name: timm.create_model(f'hf-hub:{name}', pretrained=True)):
+            with pytest.raises(HubError) as error:
+                load_it(REPO)
+            assert 'model.safetensors' in told(error)
+        assert not [request for request in server.requests if 'pytorch' in request.path]
+
+    def test_other_architecture(self, repo):
+        contents = repo()
+        config = {**json.loads(contents['config.json']), 'architecture': 'resnet18'}
+        repo(config_json=json.dumps(config).encode())
+        with pytest.raises(HubError) as error:
+            pull_from_hub(REPO)
+        assert "architecture 'resnet18' is none of this package" in told(error)
+
+    @pytest.mark.parametrize('config', [b'', b'[]', b'{}', b'\xff'])
+    def test_broken_config(self, repo, config):
+        repo(config_json=config)
+        with pytest.raises(HubError) as error:
+            pull_from_hub(REPO)
+        assert 'config.json is not a config of timm' in told(error)
+
+    def test_weights_that_do_not_fit(self, repo):
+        contents = repo()
+        config = json.loads(contents['config.json'])
+        config['model_args']['depth'] = 3
+        repo(config_json=json.dumps(config).encode())
+        with pytest.raises(HubError) as error:
+            pull_from_hub(REPO)
+        assert 'config.json does not fit model.safetensors' in told(error)
+
+    def test_truncated_weights(self, repo):
+        repo(model_safetensors=repo()['model.safetensors'][:1000])
+        for load_it in (pull_from_hub, lambda name: timm.create_model(f'hf-hub:{name}', pretrained=True)):
+            with pytest.raises(HubError) as error:
+                load_it(REPO)
+            told(error)
+
+
+def test_two_processes_pull_at_once(server, tmp_path):
+    push_to_hub(create(dim=256), REPO, token=TOKEN)
+    server.fail('/cdn/', 'slow', times=None)
+    code = f"import splitmixer_timm; print(splitmixer_timm.pull_from_hub('{REPO}').head.weight.sum().item())"
+    env = {**os.environ, **server.env(tmp_path / 'shared'), 'PYTHONPATH': str(ROOT)}
+    processes = [
+        subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
+        for _ in range(2)]
+    answers = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], answers
+    assert answers[0][0] == answers[1][0] != b''
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """ A run of train.py on somebody's ten classes, with its class folders."""
+    args = yaml.safe_load((manifest.WEIGHTS_DIR / 'runs' / ZOO / 'args.yaml').read_text())
+    model = create(num_classes=10)
+    data = tmp_path / 'secret-place'
+    for label in 'jihgfedcba':
+        (data / 'train' / label).mkdir(parents=True)
+        (data / 'train' / label / '0.png').touch()
+    args.update(
+        model=NAME, model_kwargs=SMALL, num_classes=None, data_dir=str(data), train_split='train',
+        mean=[0.5, 0.5, 0.5], output='/secret/output')
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    (folder / 'args.yaml').write_text(yaml.safe_dump(args))
+    (folder / 'summary.csv').write_text('epoch,train_loss,eval_loss,eval_top1,eval_top5\n0,2,2,40,90\n1,1,1,70.5,99\n')
+    torch.save({'epoch': 1, 'state_dict': model.state_dict()}, folder / 'last.pth.tar')
+    torch.save({'epoch': 0, 'state_dict': model.state_dict()}, folder / 'model_best.pth.tar')
+    return folder, model
+
+
+class TestCommandLine:
+    @pytest.fixture(autouse=True)
+    def _logged_in(self, server, monkeypatch):
+        monkeypatch.setenv('HF_TOKEN', TOKEN)
+
+    def test_push_of_the_zoo(self, server, capsys):
+        assert cli.main(['push', ZOO, REPO]) == 0
+        url = capsys.readouterr().out.strip()
+        assert url.endswith(server.repos[REPO].branches['main'])
+        assert load(files(server)['model.safetensors']).keys() == load_file(manifest.bundled_file(ZOO)).keys()
+        assert cli.main(['predict', str(ROOT / 'tests/assets/airplane.png'), '--model', f'hf-hub:{REPO}']) == 0
+        assert 'airplane' in capsys.readouterr().out
+
+    def test_push_of_a_run(self, server, run_dir, capsys):
+        folder, model = run_dir
+        assert cli.main(['push', str(folder), REPO, '--dataset', 'alice/letters']) == 0
+        published = files(server)
+        config = json.loads(published['config.json'])
+        assert config['label_names'] == list('abcdefghij')
+        assert config['pretrained_cfg']['mean'] == [0.5, 0.5, 0.5]
+        assert published.keys() == {'config.json', 'model.safetensors', 'README.md', 'args.yaml', 'summary.csv'}
+        assert not [name for name, content in published.items() if b'secret' in content]
+        readme = published['README.md'].decode()
+        assert 'top-1 accuracy, %: 70.50' in readme
+        assert yaml.safe_load(readme.split('---')[1])['datasets'] == ['alice/letters']
+        assert_same(model, pull_from_hub(REPO))
+
+        assert cli.main(['push', str(folder / 'model_best.pth.tar'), REPO]) == 0
+        assert 'top-1 accuracy, %: 40.00' in files(server)['README.md'].decode()
+
+    def test_pull_and_push_of_a_folder(self, server, tmp_path, capsys):
+        push_to_hub(timm.create_model(ZOO, pretrained=True), REPO, token=TOKEN)
+        folder = tmp_path / 'new' / 'folder'
+        assert cli.main(['pull', REPO, '--to', str(folder)]) == 0
+        assert f"timm.create_model('local-dir:{folder}', pretrained=True)" in capsys.readouterr().out
+        names = {path.name for path in folder.iterdir()}
+        assert names == files(server).keys()
+        assert not list(folder.parent.glob('.*'))
+        server.requests.clear()
+        model = timm.create_model(f'local-dir:{folder}', pretrained=True)
+        assert not server.requests
+        assert_same(model, timm.create_model(ZOO, pretrained=True))
+        assert cli.main(['push', str(folder), 'alice/copy']) == 0
+        assert json.loads(files(server, 'alice/copy')['config.json'])['label_names'][0] == 'airplane'
+
+    def test_pull_to_a_place_that_is_taken(self, server, tmp_path, capsys):
+        push_to_hub(create(), REPO, token=TOKEN)
+        (tmp_path / 'file').touch()
+        assert cli.main(['pull', REPO, '--to', str(tmp_path)]) == 2
+        assert f'{tmp_path} exists already' in capsys.readouterr().err
+
+    def test_failed_pull_leaves_no_folder(self, server, tmp_path, capsys):
+        assert cli.main(['pull', REPO, '--to', str(tmp_path / 'a' / 'b')]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f'splitmixer-timm: error: {REPO}: no such repository')
+        assert err.count('\n') == 1
+        assert not (tmp_path / 'a').exists()
+
+    def test_whole_zoo(self, server, capsys, monkeypatch, tmp_path):
+        assert cli.main(['push', '--all', '--org', 'zoo', '--dry-run']) == 0
+        out = capsys.readouterr().out
+        assert not server.requests
+        for name, entry in manifest.entries().items():
+            assert f'{name} -> zoo/{name}\n' in out
+            size, = re.findall(rf'{name}\n.*\n +([\d,]+)  model.safetensors', out)
+            assert 0 <= entry['bytes'] - int(size.replace(',', '')) < 200  # but for the header's metadata
+        path = tmp_path / 'manifest.json'
+        shutil.copy(manifest.WEIGHTS_DIR / 'manifest.json', path)
+        runs = manifest.WEIGHTS_DIR / 'runs'
+        (tmp_path / 'runs').symlink_to(runs)
+        for entry in manifest.entries().values():
+            (tmp_path / entry['file']).symlink_to(manifest.WEIGHTS_DIR / entry['file'])
+        monkeypatch.setattr(manifest, 'WEIGHTS_DIR', tmp_path)
+        assert cli.main(['push', '--all', '--org', 'zoo', '--record']) == 0
+        written = json.loads(path.read_text())['models']
+        for name in manifest.entries():
+            assert written[name]['hf_hub_id'] == f'zoo/{name}'
+            assert written[name]['revision'] == server.repos[f'zoo/{name}'].branches['main']
+        # what is recorded is what the zoo then downloads where it does not bundle a file
+        monkeypatch.setattr(manifest, 'load_manifest', lambda: {'models': written})
+        assert manifest.published(ZOO) == dict(hf_hub_id=f'zoo/{ZOO}@{written[ZOO]["revision"]}')
+
+    @pytest.mark.parametrize(('argv', 'message'), [
+        (['push'], 'give MODEL and REPO_ID'),
+        (['push', ZOO], 'give the REPO_ID'),
+        (['push', '--all'], 'give MODEL and REPO_ID, or --all and --org'),
+        (['push', NAME, REPO], f"'{NAME}' has no weights in the zoo; "),
+        (['push', 'nonsense', REPO], "'nonsense' has no weights in the zoo; "),
+        (['push', ZOO, 'not a name'], 'not a name'),
+        (['push', str(ROOT), REPO], 'it has no args.yaml'),
+        (['card', 'nonsense'], "'nonsense' has no weights in the zoo; "),
+    ])
+    def test_bad_requests(self, server, capsys, argv, message):
+        assert cli.main(argv) == 2
+        err = capsys.readouterr().err
+        assert message in err
+        assert err.count('\n') == 1
+
+
+class TestCard:
+    def run_snippet(self, text, tmp_path):
+        shutil.copy(ROOT / 'tests' / 'assets' / 'airplane.png', tmp_path / 'image.png')
+        code = re.search(r'```python\n(.*?)```', text, re.DOTALL)[1]
+        script = tmp_path / 'snippet.py'
+        script.write_text(code)
+        names = {}
+        here = os.getcwd()
+        os.chdir(tmp_path)
+        try:
+            exec(compile(code, 'snippet', 'exec'), names)
+        finally:
+            os.chdir(here)
+        return names
+
+    def test_zoo(self, capsys, tmp_path):
+        assert cli.main(['card', ZOO]) == 0
+        text = capsys.readouterr().out
+        entry = manifest.entries()[ZOO]
+        metadata = yaml.safe_load(text.split('---')[1])
+        assert metadata['library_name'] == 'timm'
+        assert metadata['pipeline_tag'] == 'image-classification'
+        assert metadata['license'] == entry['license']
+        assert metadata['datasets'] == ['uoft-cs/cifar10']
+        result, = metadata['model-index'][0]['results']
+        assert [m['value'] for m in result['metrics']] == [entry['metrics']['top1'], entry['metrics']['top5']]
+        assert f'Parameters: {entry["params"]:,}' in text
+        assert 'Multiply-accumulates: 65.2 M' in text
+        assert entry['training']['machine'] in text
+        names = self.run_snippet(text, tmp_path)
+        assert names['probabilities'].argmax() == 0
+
+    @pytest.mark.parametrize('kwargs', [{}, dict(num_classes=3), dict(num_classes=0), dict(in_chans=1)], ids=str)
+    def test_snippet_of_a_pushed_model(self, server, tmp_path, kwargs):
+        push_to_hub(create(**kwargs), REPO, token=TOKEN)
+        names = self.run_snippet(files(server)['README.md'].decode(), tmp_path)
+        assert isinstance(names['model'], splitmixer_timm.SplitMixer)
+
+    def test_licence_is_the_models(self, server):
+        model = create()
+        model.pretrained_cfg = {**model.pretrained_cfg, 'license': 'mit'}
+        push_to_hub(model, REPO, token=TOKEN)
+        assert yaml.safe_load(files(server)['README.md'].decode().split('---')[1])['license'] == 'mit'
+
+    def test_any_dataset(self):
+        release = hub.Release(create(), dict(top1=12.5), 'my letters')
+        metadata = yaml.safe_load(release.card('a', 'b').split('---')[1])
+        assert 'datasets' not in metadata
+        assert metadata['model-index'][0]['results'][0]['dataset']['name'] == 'my letters'
+
+    def test_merge_is_stable(self):
+        one = hub.Release(create()).card('a', 'b')
+        assert card.merge_cards(one, one) == one
+        assert card.merge_cards(one.replace('\n', '\r\n'), one) == one
+        assert card.merge_cards('', one) == one
+
+    @pytest.mark.parametrize('metadata', ['a: [', '- a', 'text'])
+    def test_broken_metadata(self, metadata):
+        with pytest.raises(ValueError, match='README.md has metadata that cannot be read'):
+            card.merge_cards(f'---\n{metadata}\n---\n# By hand\n', hub.Release(create()).card('a', 'b'))
+
+
+def test_save_is_deterministic():
+    model = create()
+    assert len({hub.Release(model).weights() for _ in range(5)}) == 1

@@ -1,0 +1,228 @@
+""" `splitmixer_timm.train_zoo`: the queue that trains the zoo. """
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import timm
+import torch
+import yaml
+from conftest import DATA_DIR, ROOT
+from timm.models import is_model
+
+from splitmixer_timm import add_run, cli, manifest, train_zoo
+
+SCRIPTS = os.environ.get('SPLITMIXER_TIMM_SCRIPTS')
+# trains nothing: its files are those that train.py leaves, and it fails, hangs or waits where a file asks for it
+TRAIN = """
+import argparse, pathlib, shutil, sys, time, yaml
+parser = argparse.ArgumentParser()
+parser.add_argument('--config', type=pathlib.Path)
+config = yaml.safe_load(parser.parse_args().config.read_text())
+folder = pathlib.Path(config['output']) / config['experiment']
+ask = folder.parent.parent
+(folder / 'args.yaml').write_text(yaml.safe_dump({'resume': '', **config}))
+if (ask / ('fail-' + config['experiment'])).exists():
+    sys.exit('cannot go on')
+first = 2 if config.get('resume') else 0
+with open(ask / 'started', 'a') as f:
+    print(config['experiment'], config['lr'], first, file=f)
+while (ask / 'wait-for-three').exists() and len((ask / 'started').read_text().splitlines()) < 3:
+    time.sleep(0.02)
+for epoch in range(first, config['epochs'] + config['warmup_epochs']):
+    with open(folder / 'summary.csv', 'a') as f:
+        if epoch == first:
+            print('epoch,train_loss,eval_loss,eval_top1', file=f)
+        print(f'{epoch},1.5,1.25,{50 + epoch}', file=f)
+    shutil.copy(ask / 'checkpoint', folder / 'last.pth.tar')
+    if epoch == 1 and (ask / 'hang').exists():
+        (ask / 'hang').rename(ask / 'hung')
+        time.sleep(600)
+"""
+NAME = 'splitmixer_i_256_8.cifar10'
+OTHER = 'splitmixer_iv_256_8.cifar100'
+QUEUE = {
+    NAME: dict(recipe='cifar10', args=dict(epochs=2, warmup_epochs=1, lr_cycle_limit=1), seeds=[1, 2]),
+    OTHER: dict(recipe='cifar100', args=dict(epochs=2, warmup_epochs=1, lr_cycle_limit=1, lr=0.01)),
+}
+
+
+@pytest.fixture
+def zoo(tmp_path, monkeypatch):
+    """ A queue of two models, a stand-in for train.py, data of one image, and a zoo of its own."""
+    weights = tmp_path / 'weights'
+    weights.mkdir()
+    (weights / 'manifest.json').write_text(json.dumps(dict(hf_hub_org='', base_url='', models={})))
+    monkeypatch.setattr(manifest, 'WEIGHTS_DIR', weights)
+    monkeypatch.setattr(train_zoo, 'POLL_SECONDS', 0.05)
+    monkeypatch.setenv('PYTHONPATH', str(ROOT))
+    (tmp_path / 'queue.yaml').write_text(yaml.safe_dump(QUEUE, sort_keys=False))
+    scripts = tmp_path / 'scripts'
+    scripts.mkdir()
+    (scripts / 'train.py').write_text(TRAIN)
+    (scripts / 'validate.py').touch()
+    torch.save(timm.create_model(NAME).state_dict(), tmp_path / 'checkpoint')
+    for dataset in ('cifar10', 'cifar100'):
+        for split in ('train', 'validation'):
+            image = tmp_path / 'data' / dataset / split / 'cat' / '0.png'
+            image.parent.mkdir(parents=True)
+            image.touch()
+
+    class Zoo:
+        path = tmp_path
+        command = [
+            '--queue', str(tmp_path / 'queue.yaml'), '--scripts', str(scripts), '--data-dir', str(tmp_path / 'data'),
+            '--output', str(tmp_path / 'runs'), '--device', 'cpu', '--workers', '1']
+
+        def run(self, *args):
+            return train_zoo.main([*args, *self.command])
+
+        def started(self):
+            return [line.split() for line in (tmp_path / 'started').read_text().splitlines()]
+
+        def entries(self):
+            return json.loads((weights / 'manifest.json').read_text())['models']
+
+    return Zoo()
+
+
+@pytest.fixture
+def validated(monkeypatch):
+    """ validate.py answers at once."""
+    monkeypatch.setattr(add_run, 'validate', lambda *args: dict(top1=90.5, top5=99.5))
+
+
+@pytest.mark.usefixtures('validated')
+def test_trains_and_adds(zoo):
+    assert zoo.run() == 0
+    assert zoo.started() == [[f'{NAME}-1', '0.05', '0'], [f'{NAME}-2', '0.05', '0'], [f'{OTHER}-42', '0.01', '0']]
+    entries = zoo.entries()
+    assert entries.keys() == {NAME, OTHER}
+    assert entries[NAME]['metrics']['seeds'] == {'1': 90.5, '2': 90.5}
+    assert 'seeds' not in entries[OTHER]['metrics']
+    assert entries[OTHER]['dataset'] == 'cifar100'
+    assert entries[OTHER]['training']['recipe'] == 'cifar100; epochs 2; warmup_epochs 1; lr_cycle_limit 1; lr 0.01'
+    args = yaml.safe_load((manifest.WEIGHTS_DIR / entries[OTHER]['training']['args']).read_text())
+    assert args['model'] == 'splitmixer_iv_256_8.cifar100'
+    assert args['data_dir'] == '<DATA_DIR>'
+    assert str(zoo.path) not in json.dumps(args)
+    # again: nothing is trained twice
+    assert zoo.run() == 0
+    assert len(zoo.started()) == 3
+
+
+@pytest.mark.usefixtures('validated')
+def test_some_of_the_queue(zoo):
+    assert zoo.run('*.cifar100') == 0
+    assert zoo.entries().keys() == {OTHER}
+
+
+@pytest.mark.usefixtures('validated')
+def test_several_at_once(zoo):
+    (zoo.path / 'wait-for-three').touch()
+    assert zoo.run('--jobs', '3') == 0
+    assert len(zoo.started()) == 3
+
+
+@pytest.mark.usefixtures('validated')
+def test_interrupted_and_resumed(zoo, monkeypatch):
+    """ Interrupted, it leaves no run behind; the next time it goes on after the last checkpoint."""
+    (zoo.path / 'hang').touch()
+    processes = []
+
+    def start(*args):
+        processes.append(original(*args))
+        return processes[-1]
+
+    def sleep(seconds):
+        if (zoo.path / 'hung').exists():
+            raise KeyboardInterrupt
+        time.sleep(seconds)
+
+    original = train_zoo.start
+    monkeypatch.setattr(train_zoo, 'start', start)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_zoo, 'sleep', sleep)
+        with pytest.raises(KeyboardInterrupt):
+            zoo.run(OTHER)
+    assert [process.poll() for process in processes] == [-signal.SIGTERM]
+    assert not zoo.entries()
+    assert zoo.run(OTHER) == 0
+    assert zoo.started() == [[f'{OTHER}-42', '0.01', '0'], [f'{OTHER}-42', '0.01', '2']]
+    assert len((zoo.path / 'runs' / f'{OTHER}-42' / add_run.ELAPSED).read_text().splitlines()) == 1
+    rows = (manifest.WEIGHTS_DIR / zoo.entries()[OTHER]['training']['summary']).read_text().splitlines()
+    assert [row.split(',')[0] for row in rows] == ['epoch', '0', '1', '2']
+
+
+@pytest.mark.usefixtures('validated')
+def test_a_failure_does_not_stop_the_others(zoo, capsys):
+    (zoo.path / f'fail-{NAME}-2').touch()
+    assert zoo.run() == 1
+    assert zoo.entries().keys() == {OTHER}
+    log = zoo.path / 'runs' / f'{NAME}-2' / 'train.log'
+    assert f'{NAME}-2: train.py failed, see {log}' in capsys.readouterr().err
+    assert 'cannot go on' in log.read_text()
+    (zoo.path / f'fail-{NAME}-2').unlink()
+    assert zoo.run() == 0
+    assert zoo.entries().keys() == {NAME, OTHER}
+
+
+@pytest.mark.parametrize(('change', 'message'), [
+    (dict(args=['--jobs', '0']), '--jobs must be at least 1, got 0'),
+    (dict(args=['mnist']), "'mnist' is not in the queue"),
+    (dict(queue='- a'), "must map each 'arch.tag' to a recipe"),
+    (dict(queue='{'), 'cannot be read'),
+    (dict(queue=f'{NAME}: {{recipe: mnist}}'), "got 'mnist'"),
+    (dict(queue='resnet.cifar10: {recipe: cifar10}'), 'must be a model of the zoo'),
+    (dict(queue=f'{NAME}: {{recipe: cifar10, epochs: 3}}'), 'nothing else'),
+    (dict(absent='scripts/validate.py'), 'has no validate.py'),
+    (dict(absent='data/cifar100/train'), 'must have image folders cifar100/train'),
+])
+def test_bad_requests(zoo, capsys, change, message):
+    """ Told before anything is trained."""
+    if 'queue' in change:
+        (zoo.path / 'queue.yaml').write_text(change['queue'])
+    if 'absent' in change:
+        (zoo.path / change['absent']).rename(zoo.path / 'moved')
+    with pytest.raises(SystemExit):
+        zoo.run(*change.get('args', []))
+    assert message in capsys.readouterr().err
+    assert not (zoo.path / 'runs').exists()
+
+
+def test_the_zoos_own_queue(tmp_path):
+    """ All of it can be read, and what is in it is a model with a recipe of its data set."""
+    path = ROOT / 'weights' / 'queue.yaml'
+    models = train_zoo.read_queue(path, [], tmp_path, data_dir=tmp_path, device='cpu', workers=1)
+    assert {f'{arch}_256_8.{dataset}' for dataset in ('cifar10', 'cifar100') for arch in (
+        'splitmixer_i', 'splitmixer_ii', 'splitmixer_iii', 'splitmixer_iv', 'splitmixer_v', 'convmixer')} < {
+            model.name for model in models}
+    assert len(models[0].runs) == 3
+    for model in models:
+        assert model.dataset == model.name.partition('.')[2]
+        for run in model.runs:
+            assert is_model(run.config['model'])
+            assert add_run.planned_epochs(run.config) == 100
+
+
+@pytest.mark.data
+@pytest.mark.skipif(not SCRIPTS, reason="SPLITMIXER_TIMM_SCRIPTS does not name a folder with timm's scripts")
+@pytest.mark.skipif(not (DATA_DIR / 'unpack.py').is_file(), reason='CIFAR-10 is not at hand (SPLITMIXER_DATA)')
+def test_with_timms_scripts(zoo, tmp_path):
+    """ The real train.py and validate.py, on a few real images."""
+    data = tmp_path / 'real'
+    subprocess.run(
+        [sys.executable, DATA_DIR / 'unpack.py', 'cifar10', data / 'cifar10', '--per-class', '8'], check=True)
+    queue = {NAME: dict(recipe='cifar10', args=dict(
+        epochs=1, warmup_epochs=1, lr_cycle_limit=1, batch_size=40, amp_dtype='bfloat16', lr=0.001))}
+    (tmp_path / 'queue.yaml').write_text(yaml.safe_dump(queue))
+    command = [*zoo.command, '--scripts', SCRIPTS, '--data-dir', str(data)]
+    assert train_zoo.main(command) == 0
+    entry = zoo.entries()[NAME]
+    assert entry['metrics']['images'] == 80
+    assert 0 <= entry['metrics']['top1'] <= 100
+    assert entry['training']['epochs'] == 2
+    assert cli.RECIPES_DIR.name not in entry['training']['args']
