@@ -25,7 +25,7 @@ from splitmixer_timm import benchmark_report as reports
 from splitmixer_timm import convmixer, manifest, splitmixer
 from splitmixer_timm.benchmark import Results
 from splitmixer_timm.benchmark_report import markdown_table as table
-from splitmixer_timm.card import DATASETS, LIMITS
+from splitmixer_timm.card import DATASETS, INTENDED_USE, LIMITS
 from splitmixer_timm.complexity import measure_complexity
 from splitmixer_timm.paper import BASELINE, TABLE3, TOP1
 
@@ -281,6 +281,7 @@ TABLES: Dict[str, Callable[[], str]] = {
     'depth': depth_table,
     'peers': peers_table,
     'data': data_table,
+    'use': lambda: INTENDED_USE,
     'limits': limits,
 }
 

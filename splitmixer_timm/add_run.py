@@ -16,6 +16,7 @@ import datetime
 import hashlib
 import io
 import json
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,7 @@ import timm
 import torch
 import yaml
 from matplotlib.figure import Figure
-from safetensors.torch import save_file
+from safetensors.torch import save
 from timm.models import load_state_dict
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
@@ -51,6 +52,17 @@ def training_hours(run_dir: Path) -> float:
     seconds = sum(map(float, elapsed.read_text().split())) if elapsed.is_file() else 0.
     started, finished = ((run_dir / name).stat().st_mtime for name in ('args.yaml', 'last.pth.tar'))
     return (seconds + finished - started) / 3600
+
+
+def timm_version(scripts: Path) -> str:
+    """ Version of timm that a script in a folder finds: a checkout has its own beside its scripts."""
+    own = scripts / 'timm' / 'version.py'
+    return runpy.run_path(str(own))['__version__'] if own.is_file() else timm.__version__
+
+
+def read_weights(run_dir: Path) -> Dict[str, torch.Tensor]:
+    """ Weights of a run's last checkpoint, of its EMA where it kept one."""
+    return {k: v.contiguous() for k, v in load_state_dict(str(run_dir / 'last.pth.tar')).items()}
 
 
 def plot_curves(rows: List[Dict[str, str]], title: str) -> bytes:
@@ -147,8 +159,8 @@ def add_runs(
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / f'{name}.safetensors'
         for other in run_dirs:
-            state_dict = {k: v.contiguous() for k, v in load_state_dict(str(other / 'last.pth.tar')).items()}
-            save_file(state_dict, weights, metadata={'format': 'pt', 'model': name})
+            state_dict = read_weights(other)
+            weights.write_bytes(save(state_dict, metadata={'format': 'pt'}))
             # by the data set's own tag: a new one is registered only once the manifest has it
             results.append(
                 validate(f'{arch}.{dataset}', weights, data_dir, scripts, split, device, batch_size))
@@ -178,11 +190,14 @@ def add_runs(
             'hours': round(training_hours(run_dir), 2),
             'machine': device_name(run_args['device']),
             'torch': torch.__version__,
-            'timm': timm.__version__,
+            'timm': timm_version(scripts),
             'date': datetime.date.fromtimestamp((run_dir / 'last.pth.tar').stat().st_mtime).isoformat(),
         },
         'license': 'apache-2.0',
     }
+    old = manifest.entries().get(name, {})
+    if old.get('sha256') == entry['sha256']:
+        entry.update({key: old[key] for key in ('hf_hub_id', 'revision', 'url') if key in old})
     if len(results) > 1:
         entry['metrics']['seeds'] = {str(a['seed']): r['top1'] for a, r in zip(all_args, results)}
     summary = io.StringIO()

@@ -1,6 +1,7 @@
 """ Model cards: what the Hub shows of a model, made from its cfg, its manifest entry and its run. """
 import re
 from dataclasses import dataclass
+from statistics import mean, stdev
 from typing import Any, Dict, List, Optional, Tuple
 
 import yaml
@@ -10,9 +11,12 @@ from torch import nn
 
 from .complexity import measure_complexity
 
-__all__ = ['DATASETS', 'LIMITS', 'Dataset', 'merge_cards', 'model_card']
+__all__ = ['DATASETS', 'INTENDED_USE', 'LIMITS', 'Dataset', 'merge_cards', 'model_card']
 
-BEGIN, END = '<!-- splitmixer_timm:begin -->', '<!-- splitmixer_timm:end -->'
+BEGIN = '<!-- splitmixer_timm:begin, each push makes this part anew: write above or below it -->'
+END = '<!-- splitmixer_timm:end -->'
+SECTIONS = (
+    'Model', 'Use', 'Intended use', 'Evaluation', 'Training', 'Data', 'Limits and bias', 'Licence', 'Citation')
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,10 @@ DATASETS = {
         'web images and English nouns of around 2010; many classes are breeds of dogs, few are of the Global South'),
 }
 
+INTENDED_USE = """\
+Research and teaching: baselines for small mixing architectures, fine-tuning, feature extraction, measuring accuracy and
+speed. A model knows the classes of its data set and nothing else."""
+
 LIMITS = """\
 - It gives one of its classes for any picture, often with high confidence, whether or not the picture shows one.
 - Photographs are shrunk to the resolution of the training images; what does not survive that cannot be recognised.
@@ -84,19 +92,27 @@ _OWNED = {'library_name', 'pipeline_tag', 'datasets', 'model-index'}
 
 def _snippet(source: str, num_classes: int, in_chans: int) -> List[str]:
     """ Python that loads the model and gives it an image."""
-    lines = [
-        'import timm, torch, splitmixer_timm',
-        'from PIL import Image',
-        f"model = timm.create_model('{source}', pretrained=True).eval()",
-        'transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))',
-        f"image = Image.open('image.png').convert('{'L' if in_chans == 1 else 'RGB'}')",
-        'with torch.inference_mode():',
-    ]
+    create = f"model = timm.create_model('{source}', pretrained=True).eval()"
+    if in_chans in (1, 3):
+        lines = [
+            'import timm, torch, splitmixer_timm',
+            'from PIL import Image',
+            create,
+            'transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))',
+            f"images = transform(Image.open('image.png').convert('{'L' if in_chans == 1 else 'RGB'}'))[None]",
+        ]
+    else:
+        lines = [
+            'import timm, torch, splitmixer_timm',
+            create,
+            "images = torch.rand(1, *timm.data.resolve_model_data_config(model)['input_size'])",
+        ]
+    lines.append('with torch.inference_mode():')
     if num_classes:
         return lines + [
-            '    probabilities = model(transform(image)[None]).softmax(-1)',
+            '    probabilities = model(images).softmax(-1)',
             f'print(probabilities.topk({min(5, num_classes)}))']
-    return [*lines, '    print(model(transform(image)[None]).shape)']
+    return [*lines, '    print(model(images).shape)']
 
 
 def _metadata(
@@ -110,7 +126,8 @@ def _metadata(
     name = known.name if known else dataset
     results = [
         EvalResult(
-            task_type='image-classification', dataset_type=hub_id or name, dataset_name=name, dataset_split='test',
+            task_type='image-classification', dataset_type=hub_id or name, dataset_name=name,
+            dataset_split=metrics.get('split'),
             metric_type='accuracy', metric_name=label, metric_value=metrics[key])
         for key, label in _METRICS.items() if key in metrics and name
     ]
@@ -143,7 +160,7 @@ def model_card(
         source: What `timm.create_model` takes to load it.
         cfg: Its pretrained cfg, with the preprocessing and number of classes that are its own.
         metrics: Measured 'top1' and 'top5' in percent, and how many 'images' they were measured on and how
-            ('measured_by').
+            ('split', 'measured_by').
         dataset: What it was trained on: one of `DATASETS`, an id of the Hub, or any name.
         training: How it was trained, in the manifest's terms.
     """
@@ -168,12 +185,18 @@ def model_card(
         '## Use', '',
         'Needs `timm` and `splitmixer_timm`, which registers the architecture.', '',
         '```python', *_snippet(source, cfg['num_classes'], data['input_size'][0]), '```', '',
+        '## Intended use', '', INTENDED_USE, '',
         '## Evaluation', '',
     ]
     measured = [f'- {label}: {metrics[key]:.2f}' for key, label in _METRICS.items() if key in metrics]
     if measured:
-        how = [f'{metrics["images"]:,} images' if 'images' in metrics else None, metrics.get('measured_by')]
-        lines += [*measured, f'- Measured: {"; ".join(filter(None, how))}' if any(how) else '']
+        split = f'{metrics["split"]} split' if 'split' in metrics else None
+        how = [f'{metrics["images"]:,} images' if 'images' in metrics else None, split, metrics.get('measured_by')]
+        lines += [*measured, *([f'- Measured: {"; ".join(filter(None, how))}'] if any(how) else [])]
+        if metrics.get('seeds'):
+            values = metrics['seeds'].values()
+            lines.append(
+                f'- Over {len(values)} runs that differ in the seed: top-1 {mean(values):.2f} +- {stdev(values):.2f}')
     else:
         lines.append('Not measured.')
     lines += ['', '## Training', '']
@@ -183,7 +206,8 @@ def model_card(
         ('Seed', training.get('seed')),
         ('Time', f'{training["hours"]} hours on {training["machine"]}' if 'hours' in training else None),
         ('Versions', f'torch {training["torch"]}, timm {training["timm"]}' if 'torch' in training else None),
-        ('Arguments', 'all of them in `args.yaml`, the log in `summary.csv`' if 'args' in training else None),
+        ('Arguments', 'all of them in `args.yaml`' if training.get('args') else None),
+        ('Log', 'each epoch in `summary.csv`' if training.get('summary') else None),
     ]
     told = [f'- {name}: {fact}' for name, fact in facts if fact is not None]
     lines += told or ['Not recorded.']
@@ -192,6 +216,7 @@ def model_card(
     lines += ['', '## Limits and bias', '', LIMITS]
     if known:
         lines.append(f'- {known.name}: {known.bias}.')
+    lines += ['', '## Licence', '', 'The one named at the head of this card. The data has terms of its own.']
     lines += ['', '## Citation', '', CITATION]
     body = '\n'.join(lines)
     metadata = _metadata(title, cfg, known, dataset, metrics)
@@ -203,8 +228,9 @@ def _join(metadata: Dict[str, Any], body: str) -> str:
 
 
 def _split(card: str) -> Tuple[Dict[str, Any], str]:
-    match = re.match(r'---\s*\n(.*?)\n---\s*\n+(.*)', card.replace('\r\n', '\n'), re.DOTALL)
-    metadata = yaml.safe_load(match[1]) if match else {}
+    card = card.replace('\r\n', '\n')
+    match = re.match(r'\s*---[ \t]*\n(.*?\n)??---[ \t]*(?:\n+|\Z)(.*)', card, re.DOTALL)
+    metadata = yaml.safe_load(match[1] or '{}') if match else {}
     if not isinstance(metadata, dict):
         raise yaml.YAMLError('its metadata is no mapping')
     return metadata, match[2] if match else card
@@ -213,7 +239,8 @@ def _split(card: str) -> Tuple[Dict[str, Any], str]:
 def merge_cards(existing: str, new: str) -> str:
     """ A card made anew in place of the part that an earlier push made; what else the card has is kept.
 
-    Metadata that the new card has replaces that of the same name, only tags are joined.
+    Metadata that the new card has replaces that of the same name, but a licence stays what it was, and tags are joined.
+    Of a card that timm made, which says of every model the same, nothing is kept but what was added.
 
     Raises:
         ValueError: If the existing card's metadata is not YAML.
@@ -224,11 +251,21 @@ def merge_cards(existing: str, new: str) -> str:
         raise ValueError(f'README.md has metadata that cannot be read: {str(e).splitlines()[0]}') from e
     metadata, body = _split(new)
     tags = old_metadata.get('tags')
-    metadata['tags'] = list(dict.fromkeys([*metadata['tags'], *(tags if isinstance(tags, list) else [])]))
-    generated = re.compile(f'{re.escape(BEGIN)}.*?{re.escape(END)}\n?', re.DOTALL)
-    if generated.search(old_body):
-        body = generated.sub(lambda _: body, old_body, count=1)
+    if not isinstance(tags, list):
+        tags = []
+    # timm's tag of every model it publishes, which transformers does not load
+    metadata['tags'] = list(dict.fromkeys([*metadata['tags'], *(tag for tag in tags if tag != 'transformers')]))
+    old_body = re.sub(r'\A# Model card for .*\n*', '', old_body)
+    generated = re.search(f'{re.escape(BEGIN)}.*?{re.escape(END)}\n?', old_body, re.DOTALL)
+    if generated:
+        # sections that somebody wrote into the generated part go below it
+        sections = re.split(r'^(?=## )', generated[0].replace(END, ''), flags=re.MULTILINE)[1:]
+        own = [section.rstrip() for section in sections if section.splitlines()[0][3:].strip() not in SECTIONS]
+        body = ''.join([
+            old_body[:generated.start()], body, *(f'\n{section}\n' for section in own), old_body[generated.end():]])
     elif old_body.strip():
         body = f'{body}\n{old_body}'
+    if old_metadata.get('license'):
+        metadata['license'] = old_metadata['license']
     kept = {key: value for key, value in old_metadata.items() if key not in metadata.keys() | _OWNED}
     return _join({**metadata, **kept}, body)

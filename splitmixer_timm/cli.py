@@ -183,10 +183,15 @@ def _release(args: argparse.Namespace):
     from . import hub
 
     path = Path(args.model)
-    if path.exists():
+    labels = args.label_names.read_text(encoding='utf-8').splitlines() if args.label_names else None
+    if args.model not in manifest.entries() and path.exists():
         if (path / hub.CONFIG).is_file():
-            return hub.folder_release(path, args.dataset)
-        return hub.run_release(path, args.dataset)
+            return hub.folder_release(path, args.dataset, labels)
+        return hub.run_release(path, args.dataset, labels)
+    if args.dataset or args.label_names:
+        raise CommandError('--dataset and --label-names are for a run or a folder; a model of the zoo has its own')
+    if len(path.parts) > 1:
+        raise CommandError(f'no such file or folder: {path}')
     return hub.zoo_release(args.model)
 
 
@@ -197,12 +202,17 @@ def _push(args: argparse.Namespace) -> int:
         raise CommandError('give MODEL and REPO_ID, or --all and --org')
     if not args.all and args.repo_id is None:
         raise CommandError(f'give the REPO_ID to push {args.model} to')
+    for option in ('dataset', 'label_names', 'parent_commit'):
+        if args.all and getattr(args, option) is not None:
+            raise CommandError(f'--{option.replace("_", "-")} is for one model, not for --all')
     try:
-        jobs = [(name, f'{args.org}/{name}', hub.zoo_release(name)) for name in sorted(manifest.entries())] \
-            if args.all else [(args.model, args.repo_id, _release(args))]
-        for name, repo_id, release in jobs:
+        jobs = [(f'{args.org}/{name}', hub.zoo_release(name)) for name in sorted(manifest.entries())] \
+            if args.all else [(args.repo_id, _release(args))]
+        if args.record and (args.create_pr or any(release.name is None for _, release in jobs)):
+            raise CommandError('--record is for models of the zoo, and for commits, not pull requests')
+        for repo_id, release in jobs:
             if args.dry_run:
-                print(f'{name} -> {repo_id}')
+                print(f'{release.name or args.model} -> {repo_id}')
                 for file, content in release.files(repo_id).items():
                     print(f'  {len(content):>12,}  {file}')
                 continue
@@ -210,9 +220,9 @@ def _push(args: argparse.Namespace) -> int:
                 release, repo_id, private=args.private, token=args.token, revision=args.revision,
                 commit_message=args.message, create_pr=args.create_pr, parent_commit=args.parent_commit)
             print(info.pr_url or info.commit_url, flush=True)
-            if args.record and name in manifest.entries() and not args.create_pr:
-                entry = {**manifest.entries()[name], 'hf_hub_id': info.repo_url.repo_id, 'revision': info.oid}
-                manifest.write_entry(name, entry)
+            if args.record:
+                entry = {**manifest.entries()[release.name], 'hf_hub_id': info.repo_url.repo_id, 'revision': info.oid}
+                manifest.write_entry(release.name, entry)
     except (ValueError, RuntimeError, OSError) as e:
         raise CommandError(str(e)) from e
     return 0
@@ -236,7 +246,8 @@ def _card(args: argparse.Namespace) -> int:
         release = _release(args)
     except (ValueError, RuntimeError, OSError) as e:
         raise CommandError(str(e)) from e
-    print(release.card(Path(args.model).name, args.model), end='')
+    # a run has a place to load it from once it is published
+    print(release.card(Path(args.model).name, release.name or f'hf-hub:USER/{Path(args.model).name}'), end='')
     return 0
 
 
@@ -390,6 +401,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument('--org', help='organisation or user to publish the zoo under')
     command.add_argument('--dry-run', action='store_true', help='show the files and their sizes, publish nothing')
     command.add_argument('--dataset', help='what a run was trained on: cifar10, ..., an id of the Hub, or any name')
+    command.add_argument(
+        '--label-names', metavar='FILE', type=Path, help="class names, a line each (default: a run's class folders)")
     command.add_argument('--private', action='store_true', help='make a new repository a private one')
     command.add_argument('--token', help='token of the Hub (default: the one that is logged in)')
     command.add_argument('--revision', metavar='BRANCH', help='branch, made if it does not exist (default: main)')
@@ -412,6 +425,7 @@ def _parser() -> argparse.ArgumentParser:
         'Print the card that push would publish.'))
     command.add_argument('model', metavar='MODEL', help=source)
     command.add_argument('--dataset', help='what a run was trained on')
+    command.add_argument('--label-names', metavar='FILE', type=Path, help='class names of a run, a line each')
     command.set_defaults(run=_card)
 
     command = commands.add_parser('verify', help='check the bundled weights against the manifest', description=(

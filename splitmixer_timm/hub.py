@@ -3,22 +3,28 @@
 A repository holds what plain timm reads (config.json and model.safetensors, never a pickle), the model's card, and the
 arguments and log of its run where they are known.
 """
-import argparse
 import copy
 import json
 import logging
 import shutil
 import tempfile
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
 import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from timm.data import create_dataset, resolve_data_config
@@ -30,7 +36,7 @@ from torch import nn
 from . import __version__, manifest
 from .card import DATASETS, merge_cards, model_card
 from .hub_errors import HubError, TransportError, explained
-from .runs import public_args, read_args, read_summary
+from .runs import checkpoint_epoch, public_args, read_args, read_summary
 from .splitmixer import _NORM_LAYERS
 
 __all__ = ['HubError', 'Release', 'pull_from_hub', 'push_to_hub']
@@ -41,6 +47,7 @@ CONFIG, WEIGHTS, CARD, ARGS, SUMMARY = 'config.json', manifest.HUB_FILENAME, 'RE
 _LIBRARY = dict(library_name='splitmixer_timm', library_version=__version__)
 _REACH_SECONDS = 10.  # before the Hub counts as out of reach
 _METRICS = ('top1', 'top5')
+_DATA = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
 
 
 def _is_ours(arch: Any) -> bool:
@@ -69,22 +76,63 @@ def _checked_metrics(metrics: Optional[Dict[str, Any]]) -> Dict[str, Any]:
         if key in _METRICS:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 100:
                 raise ValueError(f'metrics[{key!r}] must be a number from 0 to 100 (percent), got {value!r}.')
-        elif key not in ('images', 'measured_by'):
-            raise ValueError(f"metrics must have 'top1', 'top5', 'images', 'measured_by' and no other, got {key!r}.")
+        elif key == 'images':
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"metrics['images'] must be a number of images, got {value!r}.")
+        elif key in ('split', 'measured_by'):
+            if not isinstance(value, str):
+                raise ValueError(f'metrics[{key!r}] must be text, got {value!r}.')
+        elif key == 'seeds':
+            if not isinstance(value, dict) or len(value) < 2 or \
+                    not all(isinstance(v, (int, float)) for v in value.values()):
+                raise ValueError(f"metrics['seeds'] must map two seeds or more to their top-1, got {value!r}.")
+        else:
+            raise ValueError(
+                "metrics must have 'top1', 'top5', 'images', 'split', 'seeds', 'measured_by' and no other, got "
+                f'{key!r}.')
     return metrics
 
 
-def _zoo_entry(model: nn.Module) -> Dict[str, Any]:
-    """ Manifest entry of a model that still has the zoo's weights, empty for any other."""
+def _checked_data_config(data_config: Optional[Dict[str, Any]], in_chans: int) -> Dict[str, Any]:
+    """ Preprocessing in the terms of a pretrained cfg, as JSON has them."""
+    given = dict(data_config or {})
+    for key, value in given.items():
+        if key not in _DATA:
+            raise ValueError(f'data_config must have {", ".join(map(repr, _DATA))} and no other, got {key!r}.')
+        if key in ('input_size', 'mean', 'std'):
+            length, kind = (3, int) if key == 'input_size' else (in_chans, (int, float))
+            if not isinstance(value, (tuple, list)) or len(value) != length or \
+                    any(isinstance(v, bool) or not isinstance(v, kind) for v in value):
+                raise ValueError(f'data_config[{key!r}] must be {length} numbers, got {value!r}.')
+        elif key == 'crop_pct':
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                raise ValueError(f"data_config['crop_pct'] must be a number above 0, got {value!r}.")
+        elif not isinstance(value, str):
+            raise ValueError(f'data_config[{key!r}] must be text, got {value!r}.')
+    return given
+
+
+def _checked_token(token: Optional[str]) -> Optional[str]:
+    """ A token that can be sent; one that cannot would be shown by the error of the connection."""
+    if token is None:
+        return None
+    token = token.strip()
+    if not token or not token.isascii() or not token.isprintable() or ' ' in token:
+        raise ValueError('token must be one word of ASCII letters and digits (it is not shown here).')
+    return token
+
+
+def _is_same(state_dict: Dict[str, torch.Tensor], other: Dict[str, torch.Tensor]) -> bool:
+    return state_dict.keys() == other.keys() and all(
+        value.dtype == other[key].dtype and torch.equal(value, other[key].cpu()) for key, value in state_dict.items())
+
+
+def _zoo_name(model: nn.Module) -> Optional[str]:
+    """ 'arch.tag' of a model that still has the zoo's weights, None for any other."""
     cfg = model.pretrained_cfg
     name = f'{cfg.get("architecture")}.{cfg.get("tag")}'
     file = manifest.bundled_file(name)
-    if file is None:
-        return {}
-    ours, theirs = load_file(file), model.state_dict()
-    if ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key].cpu()) for key in ours):
-        return manifest.entries()[name]
-    return {}
+    return name if file is not None and _is_same(load_file(file), model.state_dict()) else None
 
 
 @dataclass
@@ -93,12 +141,13 @@ class Release:
 
     Attributes:
         model: Model from `timm.create_model`.
-        metrics: Measured 'top1' and 'top5' in percent, on how many 'images', 'measured_by' what.
+        metrics: Measured 'top1' and 'top5' in percent, on how many 'images' of which 'split', 'measured_by' what.
         dataset: What it was trained on: a name of `splitmixer_timm.card.DATASETS`, an id of the Hub, or any other name.
         label_names: Class names in label order.
         data_config: Preprocessing: input_size, interpolation, mean, std, crop_pct, crop_mode.
         training: How it was trained, in the manifest's terms.
-        extra: Further files.
+        extra: Further files, and those that are to be published as they are.
+        name: 'arch.tag' where it is a model of the zoo.
 
     Raises:
         ValueError: If the model or what is said of it cannot be published.
@@ -110,6 +159,7 @@ class Release:
     data_config: Optional[Dict[str, Any]] = None
     training: Dict[str, Any] = field(default_factory=dict)
     extra: Dict[str, bytes] = field(default_factory=dict)
+    name: Optional[str] = None
 
     def __post_init__(self):
         while hasattr(self.model, '_orig_mod') or hasattr(self.model, 'module'):  # compiled; DDP, EMA
@@ -119,13 +169,19 @@ class Release:
             raise ValueError(
                 'model must be a SplitMixer or ConvMixer of this package made by timm.create_model, got '
                 f'{type(self.model).__name__}.')
+        if any(value.is_meta for value in self.model.state_dict().values()):
+            raise ValueError("model must have its weights, got one on device 'meta'.")
         self.metrics = _checked_metrics(self.metrics)
         classes = self.model.num_classes
-        if self.label_names is not None and len(self.label_names) != classes:
-            raise ValueError(
-                f'label_names must have a name for each of {classes} classes, got {len(self.label_names)}.')
+        if self.label_names is not None:
+            names = self.label_names
+            if not isinstance(names, (tuple, list)) or not all(isinstance(name, str) for name in names):
+                raise ValueError(f'label_names must be a list of names in label order, got {names!r}.')
+            if len(names) != classes:
+                raise ValueError(f'label_names must have a name for each of {classes} classes, got {len(names)}.')
 
         self.in_chans = self.model.stem[0].in_channels
+        data_config = _checked_data_config(self.data_config, self.in_chans)
         self.model_args = {
             **_named_args(self.model.model_args), 'in_chans': self.in_chans,
             'global_pool': self.model.global_pool.pool_type,
@@ -135,7 +191,7 @@ class Release:
         if self.in_chans != 3:
             dropped.add('first_conv')  # timm would convert weights of that name from three channels
         self.cfg = {key: value for key, value in copy.deepcopy(dict(cfg)).items() if key not in dropped}
-        self.cfg.update(self.data_config or {}, num_classes=classes)
+        self.cfg.update(data_config, num_classes=classes)
         self.cfg['input_size'] = (self.in_chans, *self.cfg['input_size'][1:])
         if self.cfg['input_size'][1:] != tuple(cfg['input_size'][1:]):
             self.cfg.pop('pool_size', None)
@@ -167,12 +223,18 @@ class Release:
 
     def card(self, title: str, source: str) -> str:
         """ README.md, see `model_card`."""
-        return model_card(self.model, title, source, self.cfg, self.metrics, self.dataset, self.training)
+        config = json.loads(self.config())
+        cfg = {**config['pretrained_cfg'], 'architecture': config['architecture']}  # as whoever loads it will have it
+        return model_card(self.model, title, source, cfg, self.metrics, self.dataset, self.training)
 
     def files(self, repo_id: str) -> Dict[str, bytes]:
         """ Every file of its repository."""
-        card = self.card(repo_id.rpartition('/')[2], f'hf-hub:{repo_id}')
-        return {CONFIG: self.config(), WEIGHTS: self.weights(), CARD: card.encode(), **self.extra}
+        weights = {} if WEIGHTS in self.extra else {WEIGHTS: self.weights()}
+        return {CONFIG: self.config(), **weights, CARD: self.repo_card(repo_id), **self.extra}
+
+    def repo_card(self, repo_id: str) -> bytes:
+        """ README.md of a repository."""
+        return self.card(repo_id.rpartition('/')[2], f'hf-hub:{repo_id}').encode()
 
 
 def zoo_release(name: str) -> Release:
@@ -185,25 +247,51 @@ def zoo_release(name: str) -> Release:
     name = name if tag or not _is_ours(arch) else f'{arch}.{timm.get_pretrained_cfg(arch).tag}'
     if name not in manifest.entries():
         raise ValueError(f'{name!r} has no weights in the zoo; {", ".join(sorted(manifest.entries()))} have.')
-    return _of_the_zoo(timm.create_model(name, pretrained=True), manifest.entries()[name])
+    return _of_the_zoo(name, timm.create_model(name, pretrained=True))
 
 
-def _of_the_zoo(model: nn.Module, entry: Dict[str, Any], **given) -> Release:
+def _of_the_zoo(name: str, model: nn.Module, **given) -> Release:
+    entry = manifest.entries()[name]
     training = entry['training']
-    files = {ARGS: manifest.WEIGHTS_DIR / training['args'], SUMMARY: manifest.WEIGHTS_DIR / training['summary']}
+    files = {
+        # the very file, so that the manifest's sha256 is that of what is published
+        WEIGHTS: manifest.weights_file(name),
+        ARGS: manifest.WEIGHTS_DIR / training['args'], SUMMARY: manifest.WEIGHTS_DIR / training['summary'],
+    }
     return Release(**{
-        'model': model, 'metrics': entry['metrics'], 'dataset': entry['dataset'],
-        'label_names': manifest.label_names(entry['dataset']), 'training': training,
+        'model': model, 'metrics': {'split': 'test', **entry['metrics']}, 'dataset': entry['dataset'],
+        'label_names': manifest.label_names(entry['dataset']), 'training': training, 'name': name,
         'extra': {key: path.read_bytes() for key, path in files.items() if path.is_file()},
         **{key: value for key, value in given.items() if value is not None},
     })
 
 
-def run_release(path: Path, dataset: Optional[str] = None) -> Release:
+def _describe(model: nn.Module, **given) -> Release:
+    """ What is given of a model, and where its weights are still the zoo's, what the zoo knows of it besides."""
+    release = Release(model, **given)
+    name = _zoo_name(release.model)
+    if name is None:
+        return release
+    return _of_the_zoo(name, release.model, **given)
+
+
+def _dataset_of(name: str) -> Optional[str]:
+    """ Data set behind train.py's `--dataset`, None for folders and unknown ones."""
+    scheme, _, rest = name.partition('/')
+    if scheme == 'hfds':
+        return next((key for key, data in DATASETS.items() if data.hub_id == rest), rest)
+    return rest if scheme in ('torch', 'tfds') and rest in DATASETS else None
+
+
+def run_release(
+        path: Path,
+        dataset: Optional[str] = None,
+        label_names: Optional[Sequence[str]] = None,
+) -> Release:
     """ The model of a run of timm's train.py, from its output folder or one of its checkpoints.
 
     Preprocessing is that of the run's arguments, class names are its class folders' where they are at hand, metrics
-    those that train.py measured of the checkpoint on its validation split.
+    those that train.py measured of the checkpoint on its validation split (of an average of checkpoints: none).
 
     Raises:
         ValueError: If it is not a run, or of another architecture.
@@ -216,45 +304,77 @@ def run_release(path: Path, dataset: Optional[str] = None) -> Release:
         raise ValueError(f'{folder} trained {args["model"]}, which is no model of this package.')
     if not checkpoint.is_file():
         raise ValueError(f'{folder} has no {checkpoint.name}: train at least one epoch.')
-    state_dict = load_state_dict(str(checkpoint))
-    given = {'in_chans': args.get('in_chans'), 'num_classes': args.get('num_classes'), 'global_pool': args.get('gp')}
-    model = timm.create_model(
-        args['model'], **{key: value for key, value in given.items() if value is not None},
-        **(args.get('model_kwargs') or {}))
-    model.load_state_dict(state_dict)
+    input_size = args.get('input_size')
+    given = {
+        'in_chans': args.get('in_chans') or (input_size[0] if input_size else None),  # as train.py has it
+        'num_classes': args.get('num_classes'), 'global_pool': args.get('gp')}
+    try:
+        state_dict = load_state_dict(str(checkpoint))
+        model = timm.create_model(
+            args['model'], **{key: value for key, value in given.items() if value is not None},
+            **(args.get('model_kwargs') or {}))
+        model.load_state_dict(state_dict)
+        epoch = checkpoint_epoch(checkpoint)
+    except Exception as e:  # whatever a file that is none, is damaged, or is of another model has amiss
+        raise ValueError(
+            f'{checkpoint} is not a checkpoint of {args["model"]} that can be read '
+            f'({type(e).__name__}: {" ".join(str(e).split())[:300]}).') from e
 
     name = str(args.get('dataset') or '')
-    known = name.rpartition('/')[2]
-    labels = manifest.label_names(known) if name.startswith(('torch/', 'tfds/')) and known in DATASETS else None
+    known = _dataset_of(name)
     root = args.get('data_dir') or args.get('data')
-    if not name and root and Path(root).is_dir():
+    if label_names is None and known in DATASETS and not name.startswith('hfds/'):
+        label_names = manifest.label_names(known)
+    elif label_names is None and not name and root and Path(root).is_dir():
         reader = create_dataset('', root=root, split=args['train_split'], class_map=args.get('class_map') or '').reader
-        labels = tuple(sorted(reader.class_to_idx, key=reader.class_to_idx.get))
-    epoch = None
-    if checkpoint.suffix != '.safetensors':
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            epoch = torch.load(checkpoint, map_location='cpu', weights_only=True).get('epoch')
-    rows = [row for row in read_summary(folder) if epoch is None or int(row['epoch']) == epoch]
+        label_names = tuple(sorted(reader.class_to_idx, key=reader.class_to_idx.get))
+    if label_names is None:
+        _logger.warning(f'{folder}: its class folders are not at hand, published without class names')
+    rows = [row for row in read_summary(folder) if int(row['epoch']) == epoch]
     metrics = {key: float(rows[-1][f'eval_{key}']) for key in _METRICS if rows and rows[-1].get(f'eval_{key}')}
     if metrics:
-        metrics['measured_by'] = f"timm's train.py on its {args['val_split']} split, after epoch {rows[-1]['epoch']}"
+        metrics['split'] = args['val_split']
+        metrics['measured_by'] = f"timm's train.py on its {args['val_split']} split, after epoch {epoch}"
+    in_chans = model.stem[0].in_channels
+    data_config = resolve_data_config({**args, 'in_chans': in_chans}, pretrained_cfg=model.pretrained_cfg)
+    for key in ('mean', 'std'):
+        if len(data_config[key]) != in_chans:
+            del data_config[key]  # the pretrained cfg's, of another number of channels, which timm converts
     files = {ARGS: yaml.safe_dump(public_args(args)).encode()}
     if (folder / SUMMARY).is_file():
         files[SUMMARY] = (folder / SUMMARY).read_bytes()
     return Release(
-        model, metrics, dataset or (known if known in DATASETS else None), labels,
-        resolve_data_config(args, pretrained_cfg=dict(model.pretrained_cfg)),
-        {'seed': args.get('seed'), 'args': ARGS}, files)
+        model, metrics, dataset or known, label_names, data_config,
+        {'seed': args.get('seed'), **{key: key for key in files}}, files)
 
 
-def folder_release(folder: Path, dataset: Optional[str] = None) -> Release:
+def folder_release(
+        folder: Path,
+        dataset: Optional[str] = None,
+        label_names: Optional[Sequence[str]] = None,
+) -> Release:
     """ The model of a local folder as `pull` leaves it and timm's 'local-dir:' reads it."""
     model = _load(folder, str(folder))
+    name = _zoo_name(model)
+    if name is not None:
+        return _of_the_zoo(name, model, dataset=dataset, label_names=label_names)
     config = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
     extra = {name: (folder / name).read_bytes() for name in (ARGS, SUMMARY) if (folder / name).is_file()}
     return Release(
-        model, dataset=dataset, label_names=config.get('label_names'),
-        training={'args': ARGS} if ARGS in extra else {}, extra=extra)
+        model, dataset=dataset, label_names=label_names or config.get('label_names'),
+        training={name: name for name in extra}, extra=extra)
+
+
+@contextmanager
+def _new_branch(api: HfApi, repo_id: str, branch: str) -> Iterator[None]:
+    """ A branch that goes again if what is done with it fails."""
+    api.create_branch(repo_id, branch=branch)
+    try:
+        yield
+    except BaseException:
+        with suppress(TransportError):
+            api.delete_branch(repo_id, branch=branch)
+        raise
 
 
 def upload(
@@ -269,25 +389,26 @@ def upload(
         parent_commit: Optional[str] = None,
 ) -> CommitInfo:
     """ Publish a release in one commit, see `push_to_hub`."""
+    token = _checked_token(token)
     api = HfApi(token=token, **_LIBRARY)
-    with explained(repo_id, revision):
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     files = release.files(repo_id)
-    with explained(repo_id, revision):
+    with explained(repo_id, revision), ExitStack() as stack:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        files[CARD] = release.repo_card(repo_id)  # a name without its user's was completed
         try:
             head = api.model_info(repo_id, revision=revision).sha
         except RevisionNotFoundError:
             if create_pr:
                 raise
-            api.create_branch(repo_id, branch=revision)
+            stack.enter_context(_new_branch(api, repo_id, revision))
             head = api.model_info(repo_id, revision=revision).sha
         with tempfile.TemporaryDirectory() as folder:
             try:
                 existing = hf_hub_download(repo_id, CARD, revision=head, local_dir=folder, token=token, **_LIBRARY)
-            except EntryNotFoundError:
+            except RemoteEntryNotFoundError:  # not its base class, which an answer that failed to come has too
                 pass
             else:
-                card = merge_cards(Path(existing).read_text(encoding='utf-8'), files[CARD].decode())
+                card = merge_cards(Path(existing).read_text(encoding='utf-8-sig'), files[CARD].decode())
                 files[CARD] = card.encode()
         return api.create_commit(
             repo_id,
@@ -319,13 +440,13 @@ def push_to_hub(
 
     One commit with config.json, model.safetensors and the card. Nothing is guessed of a model that was trained further:
     its metrics, data set and class names are those given here, or none; only a model with the zoo's own weights has
-    the zoo's. A card that is there already is made anew but for what others wrote in it. Pushing the same again makes
-    no new commit.
+    the zoo's. A card that is there already is made anew but for what others wrote in it and the licence that they
+    chose; else the licence is that of the pretrained cfg. Pushing the same again makes no new commit.
 
     Args:
         model: Model of this package from `timm.create_model`, as it is or wrapped (compiled, DDP, EMA).
         repo_id: 'USER/NAME', made if it does not exist.
-        metrics: 'top1' and 'top5' in percent, on how many 'images', 'measured_by' what.
+        metrics: 'top1' and 'top5' in percent, on how many 'images' of which 'split', 'measured_by' what.
         dataset: What it was trained on: a name of `splitmixer_timm.card.DATASETS`, an id of the Hub, or any other name.
         private: Whether a new repository is private.
         token: Token of the Hub, the one that is logged in if None.
@@ -341,16 +462,13 @@ def push_to_hub(
 
     Raises:
         ValueError: If the model or what is said of it cannot be published.
-        HubError: If the Hub refuses or cannot be reached; the repository is then as it was.
+        HubError: If the Hub refuses or cannot be reached; the repository is then as it was (one that did not exist may
+            be there, empty).
     """
     given = dict(metrics=metrics, dataset=dataset, label_names=label_names, data_config=data_config)
-    release = Release(model, **given)
-    entry = _zoo_entry(release.model)
-    if entry:
-        release = _of_the_zoo(release.model, entry, **given)
     info = upload(
-        release, repo_id, private=private, token=token, revision=revision, commit_message=commit_message,
-        create_pr=create_pr, parent_commit=parent_commit)
+        _describe(model, **given), repo_id, private=private, token=token, revision=revision,
+        commit_message=commit_message, create_pr=create_pr, parent_commit=parent_commit)
     return info.pr_url or info.commit_url
 
 
@@ -383,6 +501,7 @@ def download(
         optional: Sequence[str] = (),
 ) -> Path:
     """ Folder of the cache with config.json and model.safetensors of one commit, and what there is of `optional`."""
+    token = _checked_token(token)
     kwargs = dict(cache_dir=cache_dir, token=token, **_LIBRARY)
     with explained(repo_id, revision):
         if not local_files_only and not constants.HF_HUB_OFFLINE:
@@ -405,8 +524,11 @@ def download(
         for name in optional:
             try:
                 hf_hub_download(repo_id, name, **kwargs)
-            except EntryNotFoundError:
+            except RemoteEntryNotFoundError:
                 pass
+            except LocalEntryNotFoundError:
+                if not local_files_only and not constants.HF_HUB_OFFLINE:
+                    raise
     return folder
 
 
@@ -463,11 +585,11 @@ def pull_to_folder(
         Names of the files in it.
 
     Raises:
-        ValueError: If the folder exists and has something in it.
+        ValueError: If the folder exists and has something in it, or is the current one.
         HubError: As `pull_from_hub`; the folder is then not made.
     """
     repo_id, revision = split_revision(repo_id, revision)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) or folder.resolve() == Path.cwd()):
         raise ValueError(f'{folder} exists already: name another folder.')
     cached = download(repo_id, revision=revision, token=token, optional=(CARD, ARGS, SUMMARY))
     _load(cached, repo_id)

@@ -44,12 +44,12 @@ def _reason(error: BaseException, revision: Optional[str]) -> str:
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         known = {
-            401: 'the token is not valid (`hf auth login` for another)',
+            401: 'not logged in, or the token is not valid (`hf auth login`, or token=...)',
             403: 'the token has no permission for this',
             409: 'another change is under way, try again',
             412: 'another commit came first (parent_commit is not the last one): look at it and push again',
         }
-        message = f' ({error.server_message})' if error.server_message else ''
+        message = f' ({" ".join(error.server_message.split())})' if error.server_message else ''
         return known.get(status, f'the Hub answered {status}{message}' + ('; try again later' if status >= 429 else ''))
     if isinstance(error, TransportError):
         return f'{constants.ENDPOINT} cannot be reached ({type(error).__name__}): check the network'

@@ -9,10 +9,12 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple, Union
 
+from huggingface_hub.utils import WeakFileLock
 from safetensors import SafetensorError, safe_open
 from timm.models import PretrainedCfg, resolve_pretrained_cfg
 from timm.models._hub import download_cached_file, download_from_hf, hf_split
@@ -64,17 +66,26 @@ def label_names(dataset: str) -> Tuple[str, ...]:
 def write_entry(name: str, entry: Dict[str, Any]) -> None:
     """ Put an entry into the manifest's file, in place of one of that name."""
     path = WEIGHTS_DIR / 'manifest.json'
-    zoo = json.loads(path.read_text(encoding='utf-8'))
-    zoo['models'] = dict(sorted({**zoo['models'], name: entry}.items()))
-    replace_file(path, (json.dumps(zoo, indent=2) + '\n').encode())
+    with WeakFileLock(path.with_suffix('.lock')):
+        zoo = json.loads(path.read_text(encoding='utf-8'))
+        zoo['models'] = dict(sorted({**zoo['models'], name: entry}.items()))
+        replace_file(path, (json.dumps(zoo, indent=2) + '\n').encode())
 
 
 def replace_file(path: Path, content: bytes) -> None:
     """ Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'{path.name}.tmp')
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp', delete=False) as f:
+        temporary = Path(f.name)
+        try:
+            f.write(content)
+            f.close()
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        except BaseException:
+            f.close()
+            temporary.unlink()
+            raise
 
 
 def bundled_file(name: str) -> Optional[Path]:
@@ -142,10 +153,23 @@ def check_download(path: Union[str, Path]) -> None:
 def _download(name: str, cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]]) -> str:
     if cfg.hf_hub_id:
         with explained(cfg.hf_hub_id, hf_split(cfg.hf_hub_id)[1]):
-            return download_from_hf(cfg.hf_hub_id, HUB_FILENAME, cache_dir=cache_dir)
+            path = download_from_hf(cfg.hf_hub_id, HUB_FILENAME, cache_dir=cache_dir)
+            check_download(path)
+            return path
     # a hash in the file's name keeps releases apart in the cache, and timm drops a download that does not match it
     filename = f'{name}-{entries()[name]["sha256"][:16]}.safetensors'
     return download_cached_file((cfg.url, filename), check_hash=True, progress=True, cache_dir=cache_dir)
+
+
+def weights_file(name: str) -> Path:
+    """ The file of the weights of 'arch.tag', bundled or downloaded, checked against the manifest.
+
+    Raises:
+        RuntimeError: If it is not the one in the manifest, or is nowhere.
+    """
+    arch, _, tag = name.partition('.')
+    overlay = checked_overlay(arch, tag)
+    return bundled_file(name) or Path(overlay['file'])
 
 
 def checked_overlay(

@@ -1,8 +1,10 @@
 """ What timm's train.py leaves in the output folder of a run. """
+import argparse
 import csv
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
+import torch
 import yaml
 
 # what in a run's arguments is a place on the machine it ran on
@@ -17,12 +19,26 @@ def read_args(run_dir: Path) -> Dict[str, Any]:
     """ Arguments of a run.
 
     Raises:
-        ValueError: If the folder has none.
+        ValueError: If the folder has none that can be read.
     """
     path = run_dir / 'args.yaml'
     if not path.is_file():
         raise ValueError(f'{run_dir} is not an output folder of train.py: it has no args.yaml')
-    return yaml.safe_load(path.read_text(encoding='utf-8'))
+    try:
+        run_args = yaml.safe_load(path.read_text(encoding='utf-8'))
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ValueError(f'{path} cannot be read: {" ".join(str(e).split())}') from e
+    if not isinstance(run_args, dict) or not {'model', 'train_split', 'val_split'} <= run_args.keys():
+        raise ValueError(f'{path} is not the arguments of a run of train.py')
+    return run_args
+
+
+def checkpoint_epoch(checkpoint: Path) -> Optional[int]:
+    """ Epoch after which train.py wrote a checkpoint, None where it does not tell (safetensors, an average)."""
+    if checkpoint.suffix == '.safetensors':
+        return None
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(checkpoint, map_location='cpu', weights_only=True).get('epoch')
 
 
 def public_args(run_args: Dict[str, Any]) -> Dict[str, Any]:

@@ -8,6 +8,7 @@ differs from it (`args`) and the seeds, the first of which is published. `DATA/c
 extra.
 """
 import argparse
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -18,13 +19,14 @@ from typing import Any, Dict, List, Optional
 
 import torch
 import yaml
+from safetensors.torch import load_file
 from timm.models import is_model
 from tqdm import tqdm
 
 from . import manifest
-from .add_run import ELAPSED, add_runs, planned_epochs
+from .add_run import ELAPSED, add_runs, planned_epochs, read_weights
 from .cli import RECIPES_DIR
-from .runs import read_summary
+from .runs import checkpoint_epoch, read_summary
 
 KEYS = {'recipe', 'args', 'seeds'}
 POLL_SECONDS = 2.
@@ -40,6 +42,13 @@ class Run:
     def done(self) -> int:
         """ Epochs that are finished."""
         return len(read_summary(self.folder))
+
+    def is_finished(self, epochs: int) -> bool:
+        """ Whether the last checkpoint is that of the last epoch: train.py logs an epoch before it saves it."""
+        try:
+            return self.done() >= epochs and checkpoint_epoch(self.folder / 'last.pth.tar') == epochs - 1
+        except Exception:  # a file that is missing or damaged: train.py will say so
+            return False
 
 
 @dataclass(frozen=True)
@@ -80,9 +89,14 @@ def _read_model(path: Path, name: str, item: Any, output: Path, train_args: Dict
     if not is_model(arch) or not recipe.is_file():
         raise ValueError(f'{name} in {path} must be a model of the zoo with one of its recipes, got {item["recipe"]!r}')
     base, args = yaml.safe_load(recipe.read_text(encoding='utf-8')), item.get('args', {})
+    seeds = item.get('seeds', [base['seed']])
+    if not isinstance(args, dict):
+        raise ValueError(f'args of {name} in {path} must map arguments of train.py to values, got {args!r}')
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
+        raise ValueError(f'seeds of {name} in {path} must be a list of integers, got {seeds!r}')
     dataset = base['model'].partition('.')[2]
     runs = []
-    for seed in item.get('seeds', [base['seed']]):
+    for seed in seeds:
         config = {
             **base, 'model': f'{arch}.{dataset}', 'dataset': '', 'dataset_download': False, 'seed': seed, **train_args,
             'data_dir': str(train_args['data_dir'] / dataset), 'output': str(output), 'experiment': f'{name}-{seed}',
@@ -99,7 +113,8 @@ def start(run: Run, scripts: Path) -> subprocess.Popen:
     run.folder.mkdir(parents=True, exist_ok=True)
     if checkpoint.is_file():
         # train.py writes args.yaml anew, and with it the time that this part began
-        seconds = checkpoint.stat().st_mtime - (run.folder / 'args.yaml').stat().st_mtime
+        # (and where it was cut off again before a checkpoint, none counts)
+        seconds = max(0., checkpoint.stat().st_mtime - (run.folder / 'args.yaml').stat().st_mtime)
         with open(run.folder / ELAPSED, 'a', encoding='utf-8') as f:
             f.write(f'{seconds:.0f}\n')
         config = {**config, 'resume': str(checkpoint)}
@@ -112,6 +127,16 @@ def start(run: Run, scripts: Path) -> subprocess.Popen:
             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
 
 
+def is_added(model: Model) -> bool:
+    """ Whether the zoo has these very weights already, measured over these seeds."""
+    entry = manifest.entries().get(model.name)
+    if entry is None or set(entry['metrics'].get('seeds', [str(entry['training']['seed'])])) != {
+            str(run.config['seed']) for run in model.runs}:
+        return False
+    ours, theirs = load_file(manifest.WEIGHTS_DIR / entry['file']), read_weights(model.runs[0].folder)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
 def train(models: List[Model], scripts: Path, data_dir: Path, device: str, jobs: int) -> List[str]:
     """ Train the models, `jobs` runs at once, and add each to the zoo when its last run is finished.
 
@@ -120,7 +145,7 @@ def train(models: List[Model], scripts: Path, data_dir: Path, device: str, jobs:
     """
     runs = [run for model in models for run in model.runs]
     planned = {run.folder: planned_epochs(run.config) for run in runs}
-    waiting = [run for run in runs if run.done() < planned[run.folder]]
+    waiting = [run for run in runs if not run.is_finished(planned[run.folder])]
     running: Dict[Path, subprocess.Popen] = {}
     models, failures = list(models), []
     progress = tqdm(total=sum(planned.values()), unit='epoch', disable=None)
@@ -134,21 +159,25 @@ def train(models: List[Model], scripts: Path, data_dir: Path, device: str, jobs:
                     del running[folder]
                     if process.returncode:
                         failures.append(f'{folder.name}: train.py failed, see {folder / "train.log"}')
+                    elif not any(run.folder == folder and run.is_finished(planned[folder]) for run in runs):
+                        failures.append(f'{folder.name}: train.py stopped early, see {folder / "train.log"}')
             progress.n = sum(run.done() for run in runs)
             progress.refresh()
             busy = {*running, *(run.folder for run in waiting)}
             ended = [model for model in models if not any(run.folder in busy for run in model.runs)]
             for model in ended:
                 models.remove(model)
-                if any(run.done() < planned[run.folder] for run in model.runs):
+                if not all(run.is_finished(planned[run.folder]) for run in model.runs):
                     continue  # told above
                 try:
+                    if is_added(model):
+                        continue
                     entry = add_runs(
                         model.name, [run.folder for run in model.runs], model.dataset, data_dir / model.dataset,
                         scripts, model.recipe, device=device)
                     tqdm.write(f'{model.name}: top-1 {entry["metrics"]["top1"]:.2f} %')
-                except (ValueError, subprocess.CalledProcessError) as e:
-                    failures.append(f'{model.name}: not added: {e}')
+                except Exception as e:  # the others go on, whatever a run has amiss
+                    failures.append(f'{model.name}: not added: {type(e).__name__}: {e}')
             if models and not ended:
                 sleep(POLL_SECONDS)
     finally:
@@ -193,6 +222,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         for split in ('train', 'validation'):
             if not (args.data_dir / dataset / split).is_dir():
                 parser.error(f'--data-dir must have image folders {dataset}/{split}, {args.data_dir} has not')
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and train.py's are ended
     failures = train(models, args.scripts, args.data_dir, args.device, args.jobs)
     for failure in failures:
         print(f'splitmixer_timm.train_zoo: {failure}', file=sys.stderr)

@@ -429,7 +429,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    do_HEAD = do_POST = do_PUT = do_GET
+    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
 
 
 ROUTES: List[Tuple[str, str, Callable[..., Answer]]] = []
@@ -584,6 +584,11 @@ class Call:
     def create_branch(self, repo: str, name: str) -> Answer:
         opened = self.open(repo, 'write')
         return self.create_ref(opened, opened.branches, name, json.loads(self.body).get('startingPoint', 'main'))
+
+    @route('DELETE', '/api/models/{repo}/branch/{name}')
+    def delete_branch(self, repo: str, name: str) -> Answer:
+        del self.open(repo, 'write').branches[name]
+        return to_json({})
 
     @route('POST', '/api/models/{repo}/tag/{rev}')
     def create_tag(self, repo: str, rev: str) -> Answer:

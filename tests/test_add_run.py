@@ -90,7 +90,7 @@ def test_adds(run, monkeypatch):
     with Image.open(run.weights / entry['training']['curves']) as picture:
         assert picture.format == 'PNG'
         assert picture.size == (800, 300)
-    assert not list(run.weights.rglob('*.tmp'))
+    assert not list(run.weights.rglob('.*.tmp'))
 
 
 def test_seeds(run, tmp_path):

@@ -408,7 +408,7 @@ class TestNvml:
         return nvml
 
     @pytest.mark.parametrize(('pids', 'others'), [
-        ([os.getpid()], '0'), ([os.getpid(), 1, 2], '2'), ([os.getpid(), os.getppid()], '0'),
+        ([os.getpid()], '0'), ([os.getpid(), 10**9, 10**9 + 1], '2'), ([os.getpid(), os.getppid()], '0'),
         ([7], '0'), ([7, 8], '1'), ([], 'unknown')])
     def test_processes(self, nvml, pids, others):
         nvml.pids = pids

@@ -216,6 +216,23 @@ class TestContents:
         push_to_hub(model, REPO, token=TOKEN)
         assert 'model-index' not in files(server)['README.md'].decode()
 
+    def test_card_is_kept_where_it_cannot_be_read(self, server):
+        model = create()
+        push_to_hub(model, REPO, token=TOKEN)
+        repo = server.repos[REPO]
+        mine = files(server)['README.md'] + b'\nTo my cat.\n'
+        repo.commit({**repo.files(), 'README.md': mine}, 'Edit')
+        server.fail('README.md', 503, times=None)
+        with pytest.raises(HubError, match='503'):
+            push_to_hub(create(), REPO, token=TOKEN)
+        assert files(server)['README.md'] == mine
+
+    def test_licence_of_the_repository_stays(self, server):
+        server.create_repo(REPO).commit({'README.md': b'---\nlicense: cc-by-nc-4.0\n---'}, 'First')
+        for _ in range(2):
+            push_to_hub(create(), REPO, token=TOKEN)
+            assert yaml.safe_load(files(server)['README.md'].decode().split('---')[1])['license'] == 'cc-by-nc-4.0'
+
     def test_card_of_another_tool(self, server):
         server.create_repo(REPO).commit({'README.md': b'# By hand\n\nText.\n'}, 'First')
         push_to_hub(create(), REPO, token=TOKEN)
@@ -237,10 +254,21 @@ class TestRefused:
         (create, dict(metrics=dict(top1=0.9, f1=1)), "and no other, got 'f1'"),
         (create, dict(metrics=dict(top1=101)), 'from 0 to 100'),
         (create, dict(metrics=dict(top1='90')), 'from 0 to 100'),
+        (create, dict(metrics=dict(top1=50, images='10,000')), "metrics['images'] must be a number of images"),
+        (create, dict(metrics=dict(top1=50, seeds=[1])), "metrics['seeds'] must map"),
+        (create, dict(metrics=dict(top1=50, split=1)), "metrics['split'] must be text, got 1"),
+        (create, dict(label_names=dict(enumerate('abcdefghij'))), 'must be a list of names in label order'),
+        (create, dict(data_config=dict(men=(0.5, 0.5, 0.5))), "and no other, got 'men'"),
+        (create, dict(data_config=dict(mean=0.5)), "data_config['mean'] must be 3 numbers, got 0.5"),
+        (create, dict(data_config=dict(std=torch.ones(3))), "data_config['std'] must be 3 numbers"),
+        (create, dict(data_config=dict(crop_pct='1')), "data_config['crop_pct'] must be a number above 0"),
+        (create, dict(data_config=dict(interpolation=3)), "data_config['interpolation'] must be text"),
+        (create, dict(token='hf_\xe4'), 'token must be one word of ASCII'),
+        (lambda: timm.create_model(NAME, device='meta'), {}, "model must have its weights, got one on device 'meta'"),
     ])
     def test_model_or_claims(self, server, make, kwargs, message):
         with pytest.raises(ValueError, match=re.escape(message)):
-            push_to_hub(make(), REPO, token=TOKEN, **kwargs)
+            push_to_hub(make(), REPO, **{'token': TOKEN, **kwargs})
         assert not server.requests
 
     def test_changed_model(self, server):
@@ -270,6 +298,13 @@ class TestRevisions:
         assert url == f'{server.endpoint}/{REPO}/discussions/1'
         assert files(server) == before
         assert files(server, revision='refs/pr/1')['model.safetensors'] != before['model.safetensors']
+
+    def test_a_branch_that_got_no_commit_goes_again(self, server):
+        push_to_hub(create(), REPO, token=TOKEN)
+        server.fail('/commit/', 500, times=None)
+        with pytest.raises(HubError, match='500'):
+            push_to_hub(create(), REPO, token=TOKEN, revision='v2')
+        assert server.repos[REPO].branches.keys() == {'main'}
 
     def test_private(self, server):
         push_to_hub(create(), REPO, token=TOKEN, private=True)
@@ -332,6 +367,17 @@ class TestErrors:
             push_to_hub(create(), REPO, token=token)
         assert reason in told(error)
         assert files(server) == before
+
+    def test_not_logged_in(self, server):
+        with pytest.raises(HubError) as error:
+            push_to_hub(create(), REPO)
+        assert 'not logged in' in told(error)
+
+    def test_token_from_a_file(self, server):
+        push_to_hub(create(), REPO, token=f'{TOKEN}\n')
+        with pytest.raises(ValueError, match='token must be one word') as error:
+            pull_from_hub(REPO, token='hf_secret\nhf_secret')
+        assert 'secret' not in str(error.value)
 
     def test_stale_parent_commit(self, server):
         push_to_hub(create(), REPO, token=TOKEN)
@@ -579,6 +625,22 @@ class TestCommandLine:
         assert cli.main(['pull', REPO, '--to', str(tmp_path)]) == 2
         assert f'{tmp_path} exists already' in capsys.readouterr().err
 
+    def test_pull_to_where_one_is(self, server, tmp_path, capsys, monkeypatch):
+        push_to_hub(create(), REPO, token=TOKEN)
+        empty = tmp_path / 'empty'
+        empty.mkdir()
+        monkeypatch.chdir(empty)
+        assert cli.main(['pull', REPO, '--to', '.']) == 2
+        assert 'name another folder' in capsys.readouterr().err
+
+    @pytest.mark.parametrize('fault', [503, 'drop'])
+    def test_pull_of_a_part_is_none(self, server, tmp_path, capsys, fault):
+        push_to_hub(create(), REPO, token=TOKEN)
+        server.fail('README.md', fault, times=None)
+        assert cli.main(['pull', REPO, '--to', str(tmp_path / 'a')]) == 2
+        assert capsys.readouterr().err.count('\n') == 1
+        assert not (tmp_path / 'a').exists()
+
     def test_failed_pull_leaves_no_folder(self, server, tmp_path, capsys):
         assert cli.main(['pull', REPO, '--to', str(tmp_path / 'a' / 'b')]) == 2
         err = capsys.readouterr().err
@@ -592,8 +654,7 @@ class TestCommandLine:
         assert not server.requests
         for name, entry in manifest.entries().items():
             assert f'{name} -> zoo/{name}\n' in out
-            size, = re.findall(rf'{name}\n.*\n +([\d,]+)  model.safetensors', out)
-            assert 0 <= entry['bytes'] - int(size.replace(',', '')) < 200  # but for the header's metadata
+            assert f' {entry["bytes"]:,}  model.safetensors\n' in out
         path = tmp_path / 'manifest.json'
         shutil.copy(manifest.WEIGHTS_DIR / 'manifest.json', path)
         runs = manifest.WEIGHTS_DIR / 'runs'
@@ -609,11 +670,102 @@ class TestCommandLine:
         # what is recorded is what the zoo then downloads where it does not bundle a file
         monkeypatch.setattr(manifest, 'load_manifest', lambda: {'models': written})
         assert manifest.published(ZOO) == dict(hf_hub_id=f'zoo/{ZOO}@{written[ZOO]["revision"]}')
+        expected = timm.create_model(ZOO, pretrained=True)
+        (tmp_path / written[ZOO]['file']).unlink()
+        cfg = {**expected.pretrained_cfg, 'file': None, **manifest.source_cfg(ZOO)}
+        server.fail('/cdn/', 'wrong-hash')
+        with pytest.raises(HubError, match='damaged on the way'):
+            timm.create_model(ZOO, pretrained=True, pretrained_cfg=cfg)
+        assert_same(expected, timm.create_model(ZOO, pretrained=True, pretrained_cfg=cfg))
+
+    def test_record_of_what_is_not_the_zoos(self, server, run_dir, capsys):
+        folder, _ = run_dir
+        for argv in (['push', str(folder), REPO, '--record'], ['push', ZOO, REPO, '--record', '--create-pr']):
+            assert cli.main(argv) == 2
+            assert '--record is for models of the zoo' in capsys.readouterr().err
+        assert not server.requests
+
+    def test_a_folder_named_like_a_model(self, server, tmp_path, monkeypatch, capsys):
+        """ The zoo's name is the zoo's; the folder's weights are known as the zoo's besides."""
+        push_to_hub(timm.create_model(ZOO, pretrained=True), f'alice/{ZOO}', token=TOKEN)
+        expected = files(server, f'alice/{ZOO}')
+        monkeypatch.chdir(tmp_path)
+        assert cli.main(['pull', f'alice/{ZOO}']) == 0
+        for argv in ([ZOO], [f'./{ZOO}'], ['splitmixer_i_256_8']):
+            assert cli.main(['push', *argv, 'alice/b']) == 0
+            published = files(server, 'alice/b')
+            assert published['model.safetensors'] == expected['model.safetensors']
+            assert b'top-1 accuracy, %' in published['README.md']
+
+    def test_averaged_checkpoint_was_not_measured(self, server, run_dir, capsys):
+        folder, model = run_dir
+        torch.save({'state_dict': model.state_dict()}, folder / 'averaged.pth')
+        assert cli.main(['push', str(folder / 'averaged.pth'), REPO]) == 0
+        assert 'Not measured.' in files(server)['README.md'].decode()
+
+    @pytest.mark.parametrize(('dataset', 'hub_id', 'labels'), [
+        ('torch/cifar10', 'uoft-cs/cifar10', True), ('hfds/uoft-cs/cifar10', 'uoft-cs/cifar10', False),
+        ('hfds/acme/cifar10', 'acme/cifar10', False)])
+    def test_dataset_of_a_run(self, server, run_dir, dataset, hub_id, labels):
+        folder, _ = run_dir
+        args = yaml.safe_load((folder / 'args.yaml').read_text())
+        (folder / 'args.yaml').write_text(yaml.safe_dump({**args, 'dataset': dataset}))
+        assert cli.main(['push', str(folder), REPO]) == 0
+        metadata = yaml.safe_load(files(server)['README.md'].decode().split('---')[1])
+        assert metadata['datasets'] == [hub_id]
+        assert metadata['model-index'][0]['results'][0]['dataset']['split'] == 'validation'
+        assert ('label_names' in json.loads(files(server)['config.json'])) == labels
+
+    def test_label_names(self, server, run_dir, tmp_path, caplog):
+        folder, _ = run_dir
+        shutil.rmtree(tmp_path / 'secret-place')
+        assert cli.main(['push', str(folder), REPO]) == 0
+        assert 'published without class names' in caplog.text
+        (tmp_path / 'labels.txt').write_text('\n'.join('klmnopqrst'))
+        assert cli.main(['push', str(folder), REPO, '--label-names', str(tmp_path / 'labels.txt')]) == 0
+        assert json.loads(files(server)['config.json'])['label_names'] == list('klmnopqrst')
+
+    def test_run_of_one_channel(self, server, run_dir):
+        folder, _ = run_dir
+        args = yaml.safe_load((folder / 'args.yaml').read_text())
+        args.update(input_size=[1, 32, 32], mean=None, std=None)
+        (folder / 'args.yaml').write_text(yaml.safe_dump(args))
+        model = create(in_chans=1)
+        torch.save({'epoch': 1, 'state_dict': model.state_dict()}, folder / 'last.pth.tar')
+        assert cli.main(['push', str(folder), REPO]) == 0
+        again = pull_from_hub(REPO)
+        assert_same(model, again)
+        assert len(again.pretrained_cfg['mean']) == 1
+
+    @pytest.mark.parametrize(('change', 'message'), [
+        (dict(args=b''), 'is not the arguments of a run'),
+        (dict(args=b'a: ['), 'cannot be read'),
+        (dict(args=b'model: resnet18\n'), 'is not the arguments of a run'),
+        (dict(checkpoint=b'x'), 'is not a checkpoint of splitmixer_ii_256_8.cifar10 that can be read'),
+        (dict(push='summary.csv'), 'is not a checkpoint of splitmixer_ii_256_8.cifar10 that can be read'),
+        (dict(other=dict(dim=24)), 'is not a checkpoint of splitmixer_ii_256_8.cifar10 that can be read'),
+    ], ids=str)
+    def test_unreadable_run(self, server, run_dir, capsys, change, message):
+        folder, _ = run_dir
+        if 'args' in change:
+            (folder / 'args.yaml').write_bytes(change['args'])
+        if 'checkpoint' in change:
+            (folder / 'last.pth.tar').write_bytes(change['checkpoint'])
+        if 'other' in change:
+            torch.save({'epoch': 1, 'state_dict': create(**change['other']).state_dict()}, folder / 'last.pth.tar')
+        assert cli.main(['push', str(folder / change.get('push', '')), REPO]) == 2
+        err = capsys.readouterr().err
+        assert message in err
+        assert err.count('\n') == 1
+        assert not server.requests
 
     @pytest.mark.parametrize(('argv', 'message'), [
         (['push'], 'give MODEL and REPO_ID'),
         (['push', ZOO], 'give the REPO_ID'),
         (['push', '--all'], 'give MODEL and REPO_ID, or --all and --org'),
+        (['push', '--all', '--org', 'zoo', '--parent-commit', 'x'], '--parent-commit is for one model'),
+        (['push', ZOO, REPO, '--dataset', 'x'], 'a model of the zoo has its own'),
+        (['push', 'output/run', REPO], 'no such file or folder: output/run'),
         (['push', NAME, REPO], f"'{NAME}' has no weights in the zoo; "),
         (['push', 'nonsense', REPO], "'nonsense' has no weights in the zoo; "),
         (['push', ZOO, 'not a name'], 'not a name'),
@@ -659,7 +811,8 @@ class TestCard:
         names = self.run_snippet(text, tmp_path)
         assert names['probabilities'].argmax() == 0
 
-    @pytest.mark.parametrize('kwargs', [{}, dict(num_classes=3), dict(num_classes=0), dict(in_chans=1)], ids=str)
+    @pytest.mark.parametrize('kwargs', [
+        {}, dict(num_classes=3), dict(num_classes=0), dict(in_chans=1), dict(in_chans=4)], ids=str)
     def test_snippet_of_a_pushed_model(self, server, tmp_path, kwargs):
         push_to_hub(create(**kwargs), REPO, token=TOKEN)
         names = self.run_snippet(files(server)['README.md'].decode(), tmp_path)
@@ -682,6 +835,41 @@ class TestCard:
         assert card.merge_cards(one, one) == one
         assert card.merge_cards(one.replace('\n', '\r\n'), one) == one
         assert card.merge_cards('', one) == one
+
+    @pytest.mark.parametrize('head', [
+        '---\nlanguage: en\n---', '\n---\nlanguage: en\n---\n', '---\r\nlanguage: en\r\n---\r\n\r\n'])
+    def test_front_matter(self, head):
+        merged = card.merge_cards(head, hub.Release(create()).card('a', 'b'))
+        assert yaml.safe_load(merged.split('---')[1])['language'] == 'en'
+        assert merged.count('---\n') == 2
+        assert card.merge_cards('---\n---\n# Mine\n', merged).endswith('\n# Mine\n')
+
+    def test_sections_in_the_generated_part(self):
+        """ What somebody wrote between its marks goes below them."""
+        one = hub.Release(create(), dataset='cifar10').card('a', 'b')
+        edited = one.replace('## Citation', '## My notes\n\nTo my cat.\n\n## Citation')
+        merged = card.merge_cards(edited, hub.Release(create()).card('a', 'b'))
+        assert merged.endswith(f'{card.END}\n\n## My notes\n\nTo my cat.\n')
+        assert '## Data' not in merged
+        assert card.merge_cards(merged, one).count('To my cat.') == 1
+
+    def test_every_section_is_known(self):
+        text = hub.zoo_release(ZOO).card('a', 'b')
+        assert tuple(re.findall('^## (.*)', text, re.MULTILINE)) == card.SECTIONS
+
+    def test_card_that_timm_made(self):
+        old = timm.models._hub.generate_readme({}, 'alice/model')
+        merged = card.merge_cards(old, hub.Release(create()).card('a', 'b'))
+        assert 'transformers' not in merged
+        assert '# Model card for' not in merged
+
+    def test_seeds(self):
+        text = hub.Release(create(), dict(top1=90., seeds={'1': 90., '2': 91.})).card('a', 'b')
+        assert 'Over 2 runs that differ in the seed: top-1 90.50 +- 0.71' in text
+
+    def test_run(self, run_dir, capsys):
+        assert cli.main(['card', str(run_dir[0])]) == 0
+        assert "timm.create_model('hf-hub:USER/run', pretrained=True)" in capsys.readouterr().out
 
     @pytest.mark.parametrize('metadata', ['a: [', '- a', 'text'])
     def test_broken_metadata(self, metadata):

@@ -1,10 +1,13 @@
 """ `splitmixer_timm.train_zoo`: the queue that trains the zoo. """
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import timm
@@ -24,7 +27,8 @@ parser.add_argument('--config', type=pathlib.Path)
 config = yaml.safe_load(parser.parse_args().config.read_text())
 folder = pathlib.Path(config['output']) / config['experiment']
 ask = folder.parent.parent
-(folder / 'args.yaml').write_text(yaml.safe_dump({'resume': '', **config}))
+splits = {'train_split': 'train', 'val_split': 'validation'}
+(folder / 'args.yaml').write_text(yaml.safe_dump({'resume': '', **splits, **config}))
 if (ask / ('fail-' + config['experiment'])).exists():
     sys.exit('cannot go on')
 first = 2 if config.get('resume') else 0
@@ -37,7 +41,7 @@ for epoch in range(first, config['epochs'] + config['warmup_epochs']):
         if epoch == first:
             print('epoch,train_loss,eval_loss,eval_top1', file=f)
         print(f'{epoch},1.5,1.25,{50 + epoch}', file=f)
-    shutil.copy(ask / 'checkpoint', folder / 'last.pth.tar')
+    shutil.copy(ask / f'checkpoint-{epoch}', folder / 'last.pth.tar')
     if epoch == 1 and (ask / 'hang').exists():
         (ask / 'hang').rename(ask / 'hung')
         time.sleep(600)
@@ -64,7 +68,9 @@ def zoo(tmp_path, monkeypatch):
     scripts.mkdir()
     (scripts / 'train.py').write_text(TRAIN)
     (scripts / 'validate.py').touch()
-    torch.save(timm.create_model(NAME).state_dict(), tmp_path / 'checkpoint')
+    state_dict = timm.create_model(NAME).state_dict()
+    for epoch in range(3):
+        torch.save({'epoch': epoch, 'state_dict': state_dict}, tmp_path / f'checkpoint-{epoch}')
     for dataset in ('cifar10', 'cifar100'):
         for split in ('train', 'validation'):
             image = tmp_path / 'data' / dataset / split / 'cat' / '0.png'
@@ -96,7 +102,7 @@ def validated(monkeypatch):
 
 
 @pytest.mark.usefixtures('validated')
-def test_trains_and_adds(zoo):
+def test_trains_and_adds(zoo, monkeypatch):
     assert zoo.run() == 0
     assert zoo.started() == [[f'{NAME}-1', '0.05', '0'], [f'{NAME}-2', '0.05', '0'], [f'{OTHER}-42', '0.01', '0']]
     entries = zoo.entries()
@@ -109,7 +115,9 @@ def test_trains_and_adds(zoo):
     assert args['model'] == 'splitmixer_iv_256_8.cifar100'
     assert args['data_dir'] == '<DATA_DIR>'
     assert str(zoo.path) not in json.dumps(args)
-    # again: nothing is trained twice
+    # again: nothing is trained twice, nor measured
+    monkeypatch.setattr(manifest, 'load_manifest', lambda: {'models': entries})
+    monkeypatch.setattr(train_zoo, 'add_runs', None)
     assert zoo.run() == 0
     assert len(zoo.started()) == 3
 
@@ -170,6 +178,35 @@ def test_a_failure_does_not_stop_the_others(zoo, capsys):
     assert zoo.entries().keys() == {NAME, OTHER}
 
 
+@pytest.mark.usefixtures('validated')
+def test_cut_off_before_the_last_checkpoint(zoo, capsys):
+    """ The log has every epoch, the checkpoint is of the one before: train.py goes on once more."""
+    assert zoo.run(OTHER) == 0
+    folder = zoo.path / 'runs' / f'{OTHER}-42'
+    shutil.copy(zoo.path / 'checkpoint-1', folder / 'last.pth.tar')
+    assert zoo.run(OTHER) == 0
+    assert zoo.started()[1] == [f'{OTHER}-42', '0.01', '2']
+    # and where train.py ends without an error and without its last epoch, that is told
+    (folder / 'last.pth.tar').write_bytes(b'damaged')
+    (zoo.path / 'checkpoint-2').write_bytes(b'damaged')
+    assert zoo.run(OTHER) == 1
+    assert f'{OTHER}-42: train.py stopped early, see {folder / "train.log"}' in capsys.readouterr().err
+
+
+def test_ended_from_outside(zoo):
+    """ A driver that is told to end takes its runs with it."""
+    (zoo.path / 'hang').touch()
+    driver = subprocess.Popen([sys.executable, '-m', 'splitmixer_timm.train_zoo', OTHER, *zoo.command])
+    while not (zoo.path / 'hung').exists():
+        assert driver.poll() is None
+        time.sleep(0.05)
+    driver.terminate()
+    assert driver.wait(60) == 128 + signal.SIGTERM
+    for process in Path('/proc').glob('[0-9]*/cmdline'):
+        with suppress(OSError):
+            assert str(zoo.path).encode() not in process.read_bytes()
+
+
 @pytest.mark.parametrize(('change', 'message'), [
     (dict(args=['--jobs', '0']), '--jobs must be at least 1, got 0'),
     (dict(args=['mnist']), "'mnist' is not in the queue"),
@@ -178,6 +215,9 @@ def test_a_failure_does_not_stop_the_others(zoo, capsys):
     (dict(queue=f'{NAME}: {{recipe: mnist}}'), "got 'mnist'"),
     (dict(queue='resnet.cifar10: {recipe: cifar10}'), 'must be a model of the zoo'),
     (dict(queue=f'{NAME}: {{recipe: cifar10, epochs: 3}}'), 'nothing else'),
+    (dict(queue=f'{NAME}: {{recipe: cifar10, args: 3}}'), 'must map arguments of train.py to values, got 3'),
+    (dict(queue=f'{NAME}: {{recipe: cifar10, seeds: 42}}'), 'must be a list of integers, got 42'),
+    (dict(queue=f'{NAME}: {{recipe: cifar10, seeds: []}}'), 'must be a list of integers, got []'),
     (dict(absent='scripts/validate.py'), 'has no validate.py'),
     (dict(absent='data/cifar100/train'), 'must have image folders cifar100/train'),
 ])

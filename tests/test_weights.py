@@ -3,6 +3,8 @@ import hashlib
 import http.server
 import json
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -328,3 +330,18 @@ class TestLocalDirAndStateDict:
         model = timm.create_model(
             'splitmixer_ii_256_8', pretrained=True, pretrained_cfg_overlay=dict(state_dict=source.state_dict()))
         assert all(torch.equal(v, source.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_entries_written_at_once(tmp_path):
+    """ None of two processes' entries is lost."""
+    (tmp_path / 'manifest.json').write_text('{"models": {}}')
+    code = (
+        'import pathlib, sys\n'
+        'from splitmixer_timm import manifest\n'
+        'manifest.WEIGHTS_DIR = pathlib.Path(sys.argv[1])\n'
+        'for i in range(40):\n'
+        '    manifest.write_entry(f"{sys.argv[2]}{i}", {})')
+    processes = [subprocess.Popen([sys.executable, '-c', code, tmp_path, name]) for name in 'ab']
+    assert [process.wait(300) for process in processes] == [0, 0]
+    assert len(json.loads((tmp_path / 'manifest.json').read_text())['models']) == 80
+    assert not list(tmp_path.glob('.*.tmp'))
