@@ -16,6 +16,7 @@ import torch
 from timm.layers import GatedMlp
 from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock, SpatialGatingBlock
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from splitmixer_timm import convmixer, splitmixer
@@ -72,25 +73,33 @@ def build(row: Row, img_size: int, num_classes: int) -> nn.Module:
         return build_model(row, img_size, num_classes)
 
 
+class ConvolutionCounter(TorchDispatchMode):
+    """ Counts the MACs of depthwise (spatial) and of pointwise (channel) convolutions under it."""
+
+    def __init__(self):
+        super().__init__()
+        self.macs = dict(spatial=0, channel=0)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.convolution.default:
+            weight = args[1]
+            self.macs['channel' if weight.shape[2:].numel() == 1 else 'spatial'] += weight.numel() * out[:, 0].numel()
+        return out
+
+
 def count_mixing(model: nn.Module, img_size: int) -> Dict[str, int]:
     """ Weights, without biases, and MACs of the spatial and the channel convolutions of a SplitMixer or ConvMixer."""
     counts = dict.fromkeys(COLUMNS[-4:], 0)
-    handles = []
-
-    def count(module: nn.Conv2d, args: Tuple[torch.Tensor], output: torch.Tensor) -> None:
-        counts[f'{kind(module)}_macs'] += module.weight.numel() * output[:, 0].numel()
-
-    def kind(module: nn.Conv2d) -> str:
-        return 'spatial' if module.groups > 1 else 'channel'
-
     for module in model.blocks.modules():
         if isinstance(module, nn.Conv2d):
-            counts[f'{kind(module)}_weights'] += module.weight.numel()
-            handles.append(module.register_forward_hook(count))
+            counts[f'{"spatial" if module.groups > 1 else "channel"}_weights'] += module.weight.numel()
+    model = model.eval()
     with torch.no_grad():
-        model.eval()(torch.empty(1, 3, img_size, img_size, device='meta'))
-    for handle in handles:
-        handle.remove()
+        features = model.stem(torch.empty(1, 3, img_size, img_size, device='meta'))
+        with ConvolutionCounter() as counter:
+            model.blocks(features)
+    counts.update({f'{kind}_macs': macs for kind, macs in counter.macs.items()})
     return counts
 
 

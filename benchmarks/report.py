@@ -20,6 +20,7 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import timm
 from roofline import FORWARD, FUSED, RooflineResults
+from speed import INFERENCE, TRAINING, SpeedResults
 
 from splitmixer_timm import benchmark_report as reports
 from splitmixer_timm import convmixer, manifest, splitmixer
@@ -44,7 +45,7 @@ def complexity(name: str) -> List[Dict[str, str]]:
 def throughput() -> Iterator[Tuple[str, List[Dict[str, str]]]]:
     """ Each results file of throughput: its name without suffix, and the rows of each setting in it."""
     for path in sorted(RESULTS_DIR.glob('*.csv')):
-        if path.name != 'complexity.csv' and not path.name.endswith('.roofline.csv'):
+        if path.name != 'complexity.csv' and not path.name.endswith(('.roofline.csv', '.speed.csv')):
             for rows in reports.group(list(Results(path).rows.values())):
                 yield path.stem, rows
 
@@ -144,6 +145,48 @@ def roofline_table(rows: List[Dict[str, str]]) -> str:
         lines.append(line)
     header = ['model', 'forward (ms)', 'limit (ms)', 'fused limit (ms)', 'limit / forward']
     return table(header + [f'{kind} / limit (ms)' for kind in kinds], lines)
+
+
+def forms_tables() -> str:
+    """ Every device, every task of speed.py: images a second of the plain model, and how many times that the others."""
+    parts = []
+    for path in sorted(RESULTS_DIR.glob('*.speed.csv')):
+        tasks: Dict[Tuple[str, ...], List[Dict[str, str]]] = {}
+        for row in SpeedResults(path).rows.values():
+            tasks.setdefault(tuple(row[name] for name in ('mode', 'precision', 'batch_size')), []).append(row)
+        for (mode, precision, batch_size), rows in tasks.items():
+            title = f'training, {precision}' if mode == 'train' else f'inference, {precision} but where said otherwise'
+            parts += [f'**{rows[0]["device"]}: {title}, batch {batch_size}**', forms_table(rows)]
+        parts.append(f'{reports.source(list(SpeedResults(path).rows.values()))}.')
+    return '\n\n'.join(parts) or NOTHING
+
+
+def forms_table(rows: List[Dict[str, str]]) -> str:
+    models: Dict[str, Dict[str, Dict[str, str]]] = {}
+    for row in rows:
+        models.setdefault(row['model'], {})[row['form']] = row
+    forms = [form for form in (TRAINING if rows[0]['mode'] == 'train' else INFERENCE)
+             if form != 'plain' and any(form in by_form for by_form in models.values())]
+    lines = []
+    for model, by_form in models.items():
+        plain = by_form['plain']
+        if plain['error']:
+            lines.append([f'`{model}`', 'failed', *['-'] * len(forms)])
+            continue
+        line = [f'`{model}`', reports.number(int(plain['batch_size']) / float(plain['seconds']))]
+        for form in forms:
+            row = by_form.get(form)
+            if row is None or row['error']:
+                line.append('-' if row is None else 'failed')
+                continue
+            # the spread is that of the form's own turns
+            ratios = [float(plain['seconds']) / float(row[name]) for name in ('seconds', 'slowest', 'fastest')]
+            cell = '{:.2f} ({:.2f} to {:.2f})'.format(*ratios)
+            if rows[0]['mode'] == 'train' and plain['peak_memory_mib'] and row['peak_memory_mib']:
+                cell += f', {float(row["peak_memory_mib"]) / float(plain["peak_memory_mib"]):.2f} of its memory'
+            line.append(cell)
+        lines.append(line)
+    return table(['model', 'plain (img/s)', *forms], lines)
 
 
 def complexity_table() -> str:
@@ -274,6 +317,7 @@ TABLES: Dict[str, Callable[[], str]] = {
     'weights': weights_table,
     'training': training_table,
     'speed': speed_table,
+    'forms': forms_tables,
     'throughput': throughput_tables,
     'roofline': roofline_tables,
     'complexity': complexity_table,

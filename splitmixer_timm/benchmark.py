@@ -325,7 +325,7 @@ class Subject:
             model = torch.compile(model)
         if training:
             self.grad_mode = torch.enable_grad
-            self.step = functools.partial(_train_step, model, optimizer, images, settings)
+            self.step = functools.partial(train_step, model, optimizer, images, settings)
         else:
             self.grad_mode = torch.no_grad if settings.protocol == 'paper' else torch.inference_mode
             self.step = functools.partial(model, images)
@@ -388,7 +388,7 @@ class Subject:
         )
 
 
-def _train_step(
+def train_step(
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         images: torch.Tensor,

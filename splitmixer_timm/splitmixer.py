@@ -16,8 +16,10 @@ from typing import Any, Callable, Dict, List, Optional, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
+    GELU,
     DropPath,
     SelectAdaptivePool2d,
     _assert,
@@ -123,6 +125,89 @@ def _resolve_norm_layer(norm_layer: Union[str, Callable[..., nn.Module]]) -> Cal
     return layer
 
 
+# Branches on where and how a tensor lies in memory are functions that torch.fx takes as a whole.
+
+@torch.fx.wrap
+def _to_fast_format(x: torch.Tensor) -> torch.Tensor:
+    """ On a CPU channels_last, which its convolutions of few channels at a time want; elsewhere as given."""
+    if x.device.type == 'cpu':
+        return x.contiguous(memory_format=torch.channels_last)
+    return x
+
+
+@torch.fx.wrap
+def _hold_format(x: torch.Tensor) -> torch.Tensor:
+    """ Features whose gradient comes in their own format: pooling's does not, and the norm of half precision would
+    copy it when memory is at its peak."""
+    is_half = x.dtype in (torch.bfloat16, torch.float16)
+    if is_half and x.requires_grad and x.device.type == 'cpu' and not torch.compiler.is_compiling():
+        x.register_hook(_to_fast_format)
+    return x
+
+
+@torch.fx.wrap
+def _row_conv(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
+    """ Depthwise 1 x k convolution with a gradient that is fast on a CPU too.
+
+    There the gradient of 1 x k weights takes many times that of k x 1 ones: every row becomes an image of width 1.
+    """
+    N, C, H, W = x.shape
+    if x.device.type != 'cpu':
+        return F.conv2d(x, weight, bias, padding='same', groups=C)
+    x = x.permute(0, 2, 3, 1).reshape(N * H, W, 1, C).permute(0, 3, 1, 2)
+    x = F.conv2d(x, weight.transpose(2, 3), bias, padding='same', groups=C)
+    return x.permute(0, 2, 3, 1).reshape(N, H, W, C).permute(0, 3, 1, 2)
+
+
+@torch.fx.wrap
+def _pack_segments(x: torch.Tensor, num_segments: int) -> torch.Tensor:
+    """ Images of one segment's channels without a copy: N x s images, or in channels_last s times as wide."""
+    N, C, H, W = x.shape
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x.permute(0, 2, 3, 1).reshape(N, H, W * num_segments, C // num_segments).permute(0, 3, 1, 2)
+    return x.reshape(N * num_segments, C // num_segments, H, W)
+
+
+@torch.fx.wrap
+def _unpack_segments(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """ The inverse of `_pack_segments`, to the shape of `like`."""
+    N, C, H, W = like.shape
+    if x.shape[0] == N:
+        return x.permute(0, 2, 3, 1).reshape(N, H, W, C).permute(0, 3, 1, 2)
+    return x.reshape(N, C, H, W)
+
+
+@torch.fx.wrap
+def _separate_convs(
+        x: torch.Tensor,
+        weights: List[torch.Tensor],
+        biases: List[torch.Tensor],
+        sizes: List[int],
+) -> torch.Tensor:
+    """ A pointwise convolution for each segment, on a CPU one grouped convolution where the segments are equal."""
+    if x.device.type == 'cpu' and sizes[0] == sizes[-1]:
+        return F.conv2d(x, torch.cat(weights), torch.cat(biases), groups=len(sizes))
+    segments = x.split(sizes, dim=1)
+    return torch.cat([F.conv2d(segments[i], weights[i], biases[i]) for i in range(len(sizes))], dim=1)
+
+
+@torch.fx.wrap
+def _interleave(maps: List[torch.Tensor]) -> torch.Tensor:
+    """ Channels of several tensors in turn: the first of each, the second of each, ..."""
+    if maps[0].is_contiguous(memory_format=torch.channels_last):
+        return torch.stack([m.permute(0, 2, 3, 1) for m in maps], dim=4).flatten(3).permute(0, 3, 1, 2)
+    return torch.stack(maps, dim=2).flatten(1, 2)
+
+
+class RowConv2d(nn.Conv2d):
+    """ Depthwise 1 x k convolution."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            return _row_conv(x, self.weight, self.bias)
+        return self._conv_forward(x, self.weight, self.bias)
+
+
 class SegmentMixing(nn.Module):
     """ Pointwise convolution of the channels [start, stop), the others pass unchanged (types I, II and, over all
     channels, full)."""
@@ -158,9 +243,7 @@ class SharedSegmentMixing(nn.Module):
         self.conv = nn.Conv2d(self.segment_dim, self.segment_dim, kernel_size=1, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        B, C, H, W = x.shape
-        x = self.conv(x.reshape(B * self.num_segments, self.segment_dim, H, W))
-        return x.reshape(B, C, H, W)
+        return _unpack_segments(self.conv(_pack_segments(x, self.num_segments)), x)
 
 
 class SeparateSegmentMixing(nn.Module):
@@ -173,8 +256,14 @@ class SeparateSegmentMixing(nn.Module):
         self.convs = nn.ModuleList([nn.Conv2d(s, s, kernel_size=1, device=device, dtype=dtype) for s in self.sizes])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        segments = x.split(self.sizes, dim=1)
-        return torch.cat([conv(segments[i]) for i, conv in enumerate(self.convs)], dim=1)
+        weights: List[torch.Tensor] = []
+        biases: List[torch.Tensor] = []
+        for conv in self.convs:
+            bias = conv.bias
+            assert bias is not None  # for TorchScript
+            weights.append(conv.weight)
+            biases.append(bias)
+        return _separate_convs(x, weights, biases, self.sizes)
 
 
 class SlidingSegmentMixing(nn.Module):
@@ -191,8 +280,7 @@ class SlidingSegmentMixing(nn.Module):
         self.conv = nn.Conv2d(kernel_size, dim // len(self.starts), kernel_size=1, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        maps = [self.conv(x.narrow(1, start, self.kernel_size)) for start in self.starts]
-        return torch.stack(maps, dim=2).flatten(1, 2)
+        return _interleave([self.conv(x.narrow(1, start, self.kernel_size)) for start in self.starts])
 
 
 def _create_mixer(
@@ -317,10 +405,21 @@ class SplitMixerBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.spatial_mixing(x)
-        x = x + self.drop_path(y) if self.spatial_residual else y
-        y = self.channel_mixing(x)
-        return x + self.drop_path(y) if self.channel_residual else y
+        # no name but x, which would keep a tensor alive that is done with
+        if self.spatial_residual:
+            x = x + self.drop_path(self.spatial_mixing(x))
+        else:
+            x = self.spatial_mixing(x)
+        if self.channel_residual:
+            return x + self.drop_path(self.channel_mixing(x))
+        return self.channel_mixing(x)
+
+
+# Modules that treat every image of a batch by itself in eval mode, BatchNorm where it has running statistics
+_INDEPENDENT = (
+    SplitMixerBlock, SegmentMixing, SharedSegmentMixing, SeparateSegmentMixing, SlidingSegmentMixing, RowConv2d,
+    nn.Sequential, nn.ModuleList, nn.Conv2d, nn.Identity, DropPath, nn.BatchNorm2d, nn.GELU, GELU, nn.ReLU)
+PIECE_BYTES = 2**20  # features for each core that blocks take at a time: more leave its cache, less idle it
 
 
 class SplitMixer(nn.Module):
@@ -432,16 +531,16 @@ class SplitMixer(nn.Module):
             nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_stride, **dd),
             *act_norm(),
         )
-        kernels = {
-            '1d': ((1, kernel_size), (kernel_size, 1)),
-            '2d': ((kernel_size, kernel_size),),
+        convs = {
+            '1d': ((RowConv2d, (1, kernel_size)), (nn.Conv2d, (kernel_size, 1))),
+            '2d': ((nn.Conv2d, (kernel_size, kernel_size)),),
             'none': (),
         }[spatial_mixing]
         blocks = []
         for i, drop_path in enumerate(calculate_drop_path_rates(drop_path_rate, depth)):
             spatial = OrderedDict()
-            for n, kernel in enumerate(kernels, start=1):
-                spatial[f'conv{n}'] = nn.Conv2d(dim, dim, kernel, groups=dim, padding='same', **dd)
+            for n, (conv, kernel) in enumerate(convs, start=1):
+                spatial[f'conv{n}'] = conv(dim, dim, kernel, groups=dim, padding='same', **dd)
                 spatial[f'act{n}'], spatial[f'norm{n}'] = act_norm()
             channel = OrderedDict()
             if has_channel:
@@ -494,6 +593,36 @@ class SplitMixer(nn.Module):
         _assert(height >= patch, f'Input height must be at least patch_size={patch}, got {height}.')
         _assert(width >= patch, f'Input width must be at least patch_size={patch}, got {width}.')
 
+    def _embed(self, x: torch.Tensor) -> torch.Tensor:
+        """ Images to the input of the first block."""
+        self._check_input(x)
+        x = self.stem(_to_fast_format(x))
+        return _to_fast_format(x)  # an image of one channel does not tell its format
+
+    @torch.jit.ignore
+    def _piece_size(self, x: torch.Tensor) -> int:
+        """ Images that the blocks take at a time, 0 for all.
+
+        In inference on a CPU a few, that stay in its cache: whole batches are so large that most of the time goes to
+        fetching memory. Only where nothing can tell the difference.
+        """
+        if (
+                torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+                or isinstance(x, torch.fx.Proxy) or x.device.type != 'cpu'
+        ):
+            return 0
+        size = max(1, PIECE_BYTES * torch.get_num_threads() * len(x) // max(1, x.nbytes))
+        if size >= len(x):
+            return 0
+        for module in self.blocks.modules():
+            if (
+                    type(module) not in _INDEPENDENT or module.training
+                    or module._forward_hooks or module._forward_pre_hooks
+                    or isinstance(module, nn.BatchNorm2d) and module.running_mean is None
+            ):
+                return 0
+        return size
+
     def forward_intermediates(
             self,
             x: torch.Tensor,
@@ -520,8 +649,7 @@ class SplitMixer(nn.Module):
         intermediates = []
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
 
-        self._check_input(x)
-        x = self.stem(x)
+        x = self._embed(x)
         if torch.jit.is_scripting() or not stop_early:  # can't slice blocks in torchscript
             blocks = self.blocks
         else:
@@ -562,14 +690,14 @@ class SplitMixer(nn.Module):
         return take_indices
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """ Images (N, in_chans, H, W) to features (N, dim, H / stride, W / stride)."""
-        self._check_input(x)
-        x = self.stem(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x)
-        else:
-            x = self.blocks(x)
-        return x
+        """ Images (N, in_chans, H, W) to features (N, dim, H / stride, W / stride), on a CPU in channels_last."""
+        x = self._embed(x)
+        if torch.jit.is_scripting():
+            return self.blocks(x)
+        size = self._piece_size(x)
+        if size > 0:
+            return torch.cat([self.blocks(piece) for piece in x.split(size)])
+        return _hold_format(checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x))
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """ Features (N, dim, H, W) to logits (N, num_classes), or to what enters the classifier."""

@@ -3,10 +3,12 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 from conftest import DATA_DIR
+from torch.utils.data import DataLoader
 
-from splitmixer_timm import cli, manifest
+from splitmixer_timm import cli, manifest, optimize_for_inference
 from splitmixer_timm.evaluate import Accuracy, evaluate
 
 pytestmark = pytest.mark.data
@@ -21,15 +23,35 @@ def unpack(folder, dataset, *args):
     return folder
 
 
-def test_whole_official_test_set(tmp_path):
+@pytest.fixture(scope='module')
+def test_set(tmp_path_factory):
+    return unpack(tmp_path_factory.mktemp('data'), 'cifar10') / 'cifar10' / 'validation'
+
+
+def test_whole_official_test_set(test_set):
     """ The first weights' top-1 and top-5 on all 10,000 images are those of the manifest."""
-    folder = unpack(tmp_path, 'cifar10')
-    measured = evaluate(NAME, folder / 'cifar10' / 'validation')
+    measured = evaluate(NAME, test_set)
     expected = manifest.entries()[NAME]['metrics']
     assert measured.images == expected['images'] == 10_000
     assert measured.top1 == pytest.approx(expected['top1'], abs=cli.TOLERANCE)
     assert measured.top5 == pytest.approx(expected['top5'], abs=cli.TOLERANCE)
     assert measured.top1 >= 80
+
+
+def test_optimized_answers_alike(test_set):
+    """ On all 10,000 images `optimize_for_inference` has the same answers, and all but the same logits."""
+    model = timm.create_model(NAME, pretrained=True).eval()
+    fast = optimize_for_inference(model)
+    config = timm.data.resolve_model_data_config(model)
+    dataset = timm.data.create_dataset('', root=str(test_set), transform=timm.data.create_transform(**config))
+    seen = 0
+    with torch.no_grad():
+        for images, _ in DataLoader(dataset, batch_size=250):
+            expected, logits = model(images), fast(images)
+            assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+            assert torch.equal(logits.argmax(1), expected.argmax(1))
+            seen += len(images)
+    assert seen == 10_000
 
 
 class TestVerifyData:

@@ -9,7 +9,7 @@ from conftest import KINDS
 from reference import randomize
 from torch import nn
 
-from splitmixer_timm import SplitMixer, checkpoint_filter_fn
+from splitmixer_timm import SplitMixer, checkpoint_filter_fn, splitmixer
 from splitmixer_timm.complexity import measure_complexity
 
 
@@ -267,6 +267,123 @@ class TestOptions:
             torch.manual_seed(3)
             states.append(SplitMixer(12, 2).state_dict())
         assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values()))
+
+
+def is_channels_last(x):
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
+class TestMemoryFormat:
+    """ On a CPU the features are channels_last whatever the images are, and nothing but speed depends on it."""
+
+    @pytest.mark.parametrize('kind', KINDS)
+    def test_every_block_keeps_it(self, kind, images):
+        model = randomize(SplitMixer(24, 3, channel_mixing=kind))
+        seen = []
+        for module in model.modules():
+            if not isinstance(module, (SplitMixer, nn.Linear)) and not list(module.children()):
+                module.register_forward_hook(lambda module, args, out: seen.append((out.dim(), is_channels_last(out))))
+        for x in (images, images.contiguous(memory_format=torch.channels_last), images[:1], images[:, :, :2, :2]):
+            seen.clear()
+            with torch.no_grad():
+                features = model.forward_features(x)
+            assert is_channels_last(features)
+            assert all(is_last for dim, is_last in seen if dim == 4)
+            assert len(seen) > 12
+
+    @pytest.mark.parametrize('kind', KINDS)
+    def test_blocks_take_any_format(self, kind):
+        model = randomize(SplitMixer(24, 2, channel_mixing=kind)).train()
+        x = torch.randn(2, 24, 5, 6)
+        expected = model.blocks(x.contiguous(memory_format=torch.channels_last))
+        for given in (x, x.mT.contiguous().mT, torch.cat([x, x], 1)[:, :24]):
+            torch.testing.assert_close(model.blocks(given), expected)
+
+    def test_one_channel_does_not_tell(self):
+        """ Images of one channel are both formats at once."""
+        assert is_channels_last(SplitMixer(24, 1, in_chans=1).eval().forward_features(torch.randn(2, 1, 8, 9)))
+
+    def test_images_are_left_alone(self, images):
+        before = images.clone()
+        for mode in (True, False):
+            SplitMixer(24, 2).train(mode)(images)
+        assert torch.equal(images, before)
+        assert images.is_contiguous()
+
+    @pytest.mark.parametrize('batch', [1, 3, 4, 7])
+    @pytest.mark.parametrize('kind', KINDS)
+    def test_pieces(self, kind, batch, monkeypatch):
+        """ Inference takes a few images at a time."""
+        monkeypatch.setattr(splitmixer, 'PIECE_BYTES', -(-3 * 24 * 5 * 6 * 4 // torch.get_num_threads()))
+        model = randomize(SplitMixer(24, 2, channel_mixing=kind))
+        images = torch.randn(batch, 3, 10, 12)
+        expected = model.forward_features(images)
+        with torch.no_grad():
+            assert model._piece_size(expected) == (3 if batch > 3 else 0)
+            features = model.forward_features(images)
+        assert is_channels_last(features)
+        torch.testing.assert_close(features, expected)
+
+    def test_pieces_only_where_nothing_can_tell(self, monkeypatch):
+        monkeypatch.setattr(splitmixer, 'PIECE_BYTES', 1)
+        features = torch.randn(2, 24, 3, 3)
+
+        def size(model=None, **kwargs):
+            return (model or SplitMixer(24, 2, **kwargs).eval())._piece_size(features)
+
+        assert size() == 0
+        with torch.no_grad():
+            assert size() == 1
+            assert size(norm_layer='layernorm2d') == size(act_layer=nn.Softmax2d) == 0
+            assert size(norm_layer=lambda dim, **dd: nn.BatchNorm2d(dim, track_running_stats=False)) == 0
+            assert size(SplitMixer(24, 2)) == 0
+            model = SplitMixer(24, 2).eval()
+            model.blocks[1].channel_mixing.norm.train()
+            assert size(model) == 0
+            model.eval().blocks[0].spatial_mixing.act1.register_forward_hook(lambda *args: None)
+            assert size(model) == 0
+            model = SplitMixer(24, 2).eval()
+            images = torch.randn(4, 3, 6, 6)
+            for same in (torch.jit.trace(model, images[:2]), torch.fx.symbolic_trace(model), torch.jit.script(model)):
+                torch.testing.assert_close(same(images), model(images))
+
+    @pytest.mark.parametrize('name', [
+        f'splitmixer_{kind}_256_8' for kind in ('i', 'ii', 'iii', 'iv', 'v', '3d')])
+    def test_gradients_are_the_plain_models(self, name):
+        """ In double precision, in train mode: where the convolutions of rows go another way."""
+        model = randomize(timm.create_model(name, depth=2, dim=24)).double().train()
+        plain = reference.plain_model(model).double()
+        images = torch.randn(2, 3, 9, 12, dtype=torch.double, requires_grad=True)
+        gradients = []
+        for m in (model, plain):
+            images.grad = None
+            m(images).square().sum().backward()
+            gradients.append(({n: p.grad for n, p in m.named_parameters()}, images.grad))
+        (ours, of_images), (theirs, of_plain_images) = gradients
+        torch.testing.assert_close(of_images, of_plain_images)
+        buffers = dict(model.named_buffers())
+        theirs = checkpoint_filter_fn({**plain.state_dict(), **theirs}, model)
+        for name, gradient in ours.items():
+            torch.testing.assert_close(gradient, theirs[name])
+        for name, buffer in buffers.items():
+            torch.testing.assert_close(buffer, theirs[name])
+
+    @pytest.mark.parametrize('kernel_size', [1, 4, 5])
+    def test_rows_in_train_mode(self, kernel_size):
+        conv = SplitMixer(6, 1, kernel_size=kernel_size, dtype=torch.double).blocks[0].spatial_mixing.conv1
+        x = torch.randn(2, 6, 4, 7, dtype=torch.double, requires_grad=True)
+        torch.testing.assert_close(conv.train()(x), conv.eval()(x))
+        assert torch.autograd.gradcheck(conv.train(), x)
+
+    @pytest.mark.parametrize('kind', KINDS)
+    def test_scripted_in_train_mode(self, kind, images):
+        model = SplitMixer(24, 2, channel_mixing=kind)
+        torch.testing.assert_close(torch.jit.script(model)(images), model(images))
+
+    @pytest.mark.parametrize('kind', KINDS)
+    def test_traced_by_fx_in_train_mode(self, kind, images):
+        model = SplitMixer(24, 2, channel_mixing=kind)
+        torch.testing.assert_close(torch.fx.symbolic_trace(model)(images), model(images))
 
 
 class TestStrings:

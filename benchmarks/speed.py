@@ -1,0 +1,252 @@
+#!/usr/bin/env python3
+""" What the fast forms of a model gain: plain, as created, compiled, optimized, and by other runtimes, side by side.
+
+    python benchmarks/speed.py --help
+
+`plain` is benchmarks/plain.py, `created` the registered model, `compiled` that by torch.compile, `optimized` by
+`optimize_for_inference`; ONNX Runtime and OpenVINO (extra `export`) run the plain model's graph. All have the same
+weights and images, take turns in one process, in turns of at least a tenth of a second, and the median counts. Each
+model and task has a process of its own.
+"""
+import argparse
+import datetime
+import io
+import statistics
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+
+import torch
+from plain import plain_model
+from timm.models import get_pretrained_cfg
+from timm.optim import create_optimizer_v2
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+
+from splitmixer_timm import SplitMixer, benchmark, optimize_for_inference
+from splitmixer_timm.benchmark import VERSIONS, Results, Settings, build_model, make_images, seconds
+
+MODELS = [f'{name}_256_8_ks7_p7' for name in (
+    'splitmixer_i', 'splitmixer_ii', 'splitmixer_iii', 'splitmixer_iv', 'convmixer')]
+INFERENCE = (
+    'plain', 'created', 'compiled', 'optimized', 'optimized bf16', 'ONNX Runtime', 'OpenVINO', 'OpenVINO bf16')
+TRAINING = ('plain', 'created', 'compiled')
+PACKAGES = ('onnxruntime', 'openvino')
+TURN = 0.1  # seconds
+
+
+@dataclass(frozen=True)
+class Task:
+    """ What is timed: inference or a step of training, on a batch of a size."""
+    mode: str
+    precision: str
+    batch_size: int
+
+
+class SpeedResults(Results):
+    """ Results of this script."""
+    key = ('model', 'mode', 'precision', 'batch_size', 'img_size', 'device', 'form')
+    columns = (
+        *key, 'seconds', 'fastest', 'slowest', 'turns', 'peak_memory_mib', 'difference', 'error', 'date', 'commit',
+        *VERSIONS, *PACKAGES)
+
+
+def task_settings(task: Task, device: str, img_size: int) -> Settings:
+    return Settings(
+        device=device, mode=task.mode, precision=task.precision, batch_size=task.batch_size, img_size=img_size)
+
+
+def _session(model: nn.Module, images: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(_onnx(model, images), options, providers=['CPUExecutionProvider'])
+    name = session.get_inputs()[0].name
+    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+
+
+def _onnx(model: nn.Module, images: torch.Tensor) -> bytes:
+    file = io.BytesIO()
+    torch.onnx.export(model, (images,), dynamo=True, verbose=False).save(file)
+    return file.getvalue()
+
+
+def _openvino(model: nn.Module, images: torch.Tensor, precision: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    import openvino
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / 'model.onnx'
+        path.write_bytes(_onnx(model, images))
+        core = openvino.Core()
+        compiled = core.compile_model(core.read_model(path), 'CPU', {
+            'INFERENCE_PRECISION_HINT': precision, 'INFERENCE_NUM_THREADS': torch.get_num_threads(),
+            'PERFORMANCE_HINT': 'LATENCY'})
+    return lambda x: torch.from_numpy(compiled(x.numpy())[0])
+
+
+def inference_forms(
+        model: nn.Module,
+        images: torch.Tensor,
+) -> Iterator[Tuple[str, Callable[[], Callable[[torch.Tensor], torch.Tensor]]]]:
+    """ Name and maker of every form that this model, device and environment have."""
+    plain = plain_model(model)
+    yield 'plain', lambda: plain
+    if isinstance(model, SplitMixer):
+        yield 'created', lambda: model
+    yield 'compiled', lambda: torch.compile(model, dynamic=False)
+    if isinstance(model, SplitMixer):
+        yield 'optimized', lambda: optimize_for_inference(model)
+        yield 'optimized bf16', lambda: optimize_for_inference(model, dtype=torch.bfloat16)
+    if images.device.type == 'cpu' and find_spec('onnxscript'):
+        if find_spec('onnxruntime'):
+            yield 'ONNX Runtime', lambda: _session(plain, images)
+        if find_spec('openvino'):
+            yield 'OpenVINO', lambda: _openvino(plain, images, 'f32')
+            yield 'OpenVINO bf16', lambda: _openvino(plain, images, 'bf16')
+
+
+def training_forms(model: nn.Module) -> Iterator[Tuple[str, Callable[[], nn.Module]]]:
+    plain = plain_model(model)
+    yield 'plain', lambda: plain
+    if isinstance(model, SplitMixer):
+        yield 'created', lambda: model
+    yield 'compiled', lambda: torch.compile(model, dynamic=False)
+
+
+def peak_memory(work: Callable[[], Any], device: torch.device) -> int:
+    """ Greatest number of bytes that torch holds during work beyond what it held before."""
+    if device.type == 'cuda':
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        work()
+    held = most = 0
+    for event in sorted(recorded.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == '[memory]':
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+def measure(name: str, task: Task, device: str, turns: int, threads: int) -> List[Dict[str, str]]:
+    """ A row for each form of a model."""
+    if torch.device(device).type == 'cpu':
+        torch.set_num_threads(threads)
+    img_size = get_pretrained_cfg(name).input_size[-1]
+    settings = task_settings(task, device, img_size)
+    training = task.mode == 'train'
+    with benchmark.backend_flags(settings), torch.set_grad_enabled(training):
+        torch.manual_seed(0)
+        model = build_model((name, ''), img_size).to(device).train(training)
+        images = make_images(settings)
+        work, rows = {}, []
+        expected = None
+        for form, make in training_forms(model) if training else inference_forms(model, images):
+            row = dict(form=form)
+            rows.append(row)
+            try:
+                run = make()
+                if training:
+                    optimizer = create_optimizer_v2(model if form != 'plain' else run, opt='sgd', lr=1e-4)
+                    step = partial(benchmark.train_step, run, optimizer, images, settings)
+                else:
+                    step = partial(run, images)
+                    logits = step().float()
+                    expected = logits if expected is None else expected
+                    row['difference'] = f'{((logits - expected).abs().max() / expected.abs().max()).item():.2g}'
+                for _ in range(3):
+                    step()
+                if form not in ('ONNX Runtime', 'OpenVINO', 'OpenVINO bf16'):
+                    row['peak_memory_mib'] = f'{peak_memory(step, images.device) / 2**20:.1f}'
+                work[form] = step
+            except Exception as e:
+                row['error'] = benchmark.describe_error(e)
+        samples: Dict[str, List[float]] = {form: [] for form in work}
+        calls = {form: max(1, round(TURN / seconds(step, images.device))) for form, step in work.items()}
+        for _ in range(turns):
+            for form, step in work.items():
+                def several(step=step, count=calls[form]):
+                    for _ in range(count):
+                        step()
+
+                samples[form].append(seconds(several, images.device) / calls[form])
+    for row in rows:
+        times = samples.get(row['form'])
+        if times:
+            row.update(
+                seconds=f'{statistics.median(times):.6g}', fastest=f'{min(times):.6g}', slowest=f'{max(times):.6g}',
+                turns=str(turns))
+    return rows
+
+
+def package_version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ''
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--models', nargs='+', default=MODELS, metavar='MODEL', help='default: I to IV and ConvMixer')
+    parser.add_argument('--tasks', nargs='+', choices=('infer', 'train'), default=['infer', 'train'])
+    parser.add_argument('--device', help='cuda, cuda:N, mps or cpu (default: the first of these that is there)')
+    parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='on a CPU (default: %(default)s)')
+    parser.add_argument('--batch-size', type=int, default=8, metavar='N', help='beside 1 (default: %(default)s)')
+    parser.add_argument('--turns', type=int, default=15, metavar='N', help='default: %(default)s')
+    parser.add_argument('--results', type=Path, default=benchmark.RESULTS_DIR, metavar='DIR')
+    args = parser.parse_args(argv)
+    for name in ('threads', 'batch_size', 'turns'):
+        if getattr(args, name) < 1:
+            parser.error(f'--{name.replace("_", "-")} must be at least 1, got {getattr(args, name)}')
+    try:
+        device = benchmark.check_device(args.device or benchmark.default_device())
+        models = [name for name, _ in benchmark.check_models(args.models)]
+        benchmark.check_folder(args.results)
+        results = SpeedResults(args.results / f'{benchmark.results_name(str(device))}.speed.csv')
+    except ValueError as e:
+        parser.error(str(e))
+    for package in () if device.type == 'cuda' else ('onnxscript', *PACKAGES):
+        if find_spec(package) is None:
+            print(f"{package} is not installed, its rows are left out: pip install 'splitmixer-timm[export]'",
+                  file=sys.stderr)
+
+    tasks = []
+    if 'infer' in args.tasks:
+        tasks += [Task('infer', 'fp32', size) for size in dict.fromkeys((args.batch_size, 1))]
+    if 'train' in args.tasks:
+        tasks += [Task('train', precision, args.batch_size) for precision in ('fp32', 'bf16')]
+    common = dict(
+        device=benchmark.device_name(str(device)), date=datetime.date.today().isoformat(), commit=benchmark.commit(),
+        **benchmark.describe_versions(device), **{package: package_version(package) for package in PACKAGES})
+    if device.type == 'cpu':
+        common['threads'] = str(args.threads)
+    failures = 0
+    for name, task in tqdm([(name, task) for name in models for task in tasks], unit='task', disable=None):
+        # one process each: what the memory allocator makes of it is not what another left behind
+        with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool:
+            rows = pool.submit(measure, name, task, str(device), args.turns, args.threads).result()
+        for row in rows:
+            failures += 'error' in row
+            results.put({
+                **dict.fromkeys(results.columns, ''), **common, 'model': name, 'mode': task.mode,
+                'precision': task.precision, 'batch_size': str(task.batch_size),
+                'img_size': str(get_pretrained_cfg(name).input_size[-1]), **row})
+            print(name, *vars(task).values(), row['form'], row.get('error') or f'{float(row["seconds"]) * 1e3:.2f} ms')
+    print(results.path)
+    return 1 if failures else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

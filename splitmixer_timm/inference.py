@@ -1,0 +1,59 @@
+""" A model made ready for deployment. """
+import copy
+import warnings
+from typing import Optional
+
+import torch
+from torch import nn
+
+from . import fused_cpu
+from .fused import Unsupported
+from .splitmixer import SplitMixer
+
+__all__ = ['optimize_for_inference']
+
+
+def _build(model: SplitMixer, dtype: torch.dtype) -> nn.Module:
+    device = model.stem[0].weight.device
+    if device.type == 'cpu':
+        return fused_cpu.build(model, dtype)
+    raise Unsupported(f'a model on {device}')
+
+
+def optimize_for_inference(model: SplitMixer, *, dtype: Optional[torch.dtype] = None) -> nn.Module:
+    """ Several times faster form of a model in eval mode, with the same outputs.
+
+    On a CPU the batch goes through the blocks a few images at a time, in memory that stays in the cache, updated in
+    place; nothing is compiled, and every size of image and batch is as fast from the first call on.
+
+    The new module takes images as the model does and has its `forward`, `forward_features`, `forward_head`,
+    `num_classes`, `num_features`, `pretrained_cfg` and `default_cfg`. It has no gradients and no train mode, and keeps
+    its device and data type.
+
+    Where there is no such form (a norm other than BatchNorm2d, an activation other than exact GELU and ReLU, a data
+    type or device without kernels) a warning says why and a plain copy of the model in eval mode is returned.
+
+    Args:
+        model: The model, in eval mode; it stays as it is, and changes to it later do not reach the new one.
+        dtype: Data type of weights and features, `torch.float32` or `torch.bfloat16` on a CPU; that of the model
+            if None.
+
+    Returns:
+        Frozen module in eval mode on the model's device.
+
+    Raises:
+        TypeError: If `model` is not a `SplitMixer`, or `dtype` not a floating point type.
+        ValueError: If the model is in train mode.
+    """
+    if not isinstance(model, SplitMixer):
+        raise TypeError(f'model must be a splitmixer_timm.SplitMixer, got {type(model).__name__}.')
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f'dtype must be a floating point torch.dtype or None, got {dtype!r}.')
+    if any(module.training for module in model.modules()):
+        raise ValueError('model must be in eval mode, got one in train mode: call model.eval() first.')
+    dtype = dtype or model.stem[0].weight.dtype
+    try:
+        return _build(model, dtype)
+    except Unsupported as e:
+        warnings.warn(f'optimize_for_inference has no faster form for {e}: the model is copied as it is.', stacklevel=2)
+    return copy.deepcopy(model).to(dtype).requires_grad_(False)

@@ -1,0 +1,253 @@
+""" optimize_for_inference: outputs of the model on every variant and input, the model left alone, what it refuses. """
+import copy
+import io
+import warnings
+
+import pytest
+import timm
+import torch
+from conftest import KINDS, SPLITMIXERS
+from reference import randomize
+from torch import nn
+
+from splitmixer_timm import SplitMixer, fused_cpu, optimize_for_inference
+from splitmixer_timm.fused_cpu import FusedSplitMixer
+
+# one of each way that a block can be built
+OPTIONS = {
+    'relu': dict(act_layer='relu'),
+    'iv, unequal': dict(channel_mixing='iv', num_segments=5),
+    'ii, middle': dict(channel_mixing='ii', num_segments=5),
+    '3d, three positions': dict(channel_mixing='3d', channel_kernel_size=12, channel_stride=6),
+    '2d': dict(spatial_mixing='2d'),
+    'even kernel': dict(kernel_size=4),
+    'no spatial mixing': dict(spatial_mixing='none'),
+    'no channel mixing': dict(channel_mixing='none'),
+    'no residual': dict(spatial_residual=False),
+    'channel residual': dict(channel_residual=True),
+    'overlapping patches': dict(patch_size=4, patch_stride=2),
+    'one channel in': dict(in_chans=1),
+    'stochastic depth': dict(drop_path_rate=0.2, drop_rate=0.1),
+    'no classifier': dict(num_classes=0),
+    'no pooling': dict(num_classes=0, global_pool=''),
+    'max pooling': dict(global_pool='catavgmax'),
+}
+
+
+def build(dim=24, depth=3, **kwargs):
+    return randomize(SplitMixer(dim, depth, **{'num_classes': 10, **kwargs}))
+
+
+@torch.no_grad()
+def difference(model, expected, images):
+    """ Greatest absolute difference of the outputs, as a share of the greatest output."""
+    y, out = expected(images), model(images)
+    assert out.shape == y.shape
+    return ((out.float() - y).abs().max() / y.abs().max()).item()
+
+
+class TestSameOutputs:
+    @pytest.mark.parametrize('name', SPLITMIXERS)
+    def test_registered(self, name):
+        model = randomize(timm.create_model(name, depth=3, num_classes=11))
+        fused = optimize_for_inference(model)
+        assert isinstance(fused, FusedSplitMixer)
+        images = torch.randn(2, 3, 45, 31)
+        assert difference(fused, model, images) < 1e-5
+        assert difference(optimize_for_inference(model, dtype=torch.bfloat16), model, images) < 0.03
+
+    @pytest.mark.parametrize('option', OPTIONS)
+    def test_options(self, option):
+        model = build(**OPTIONS[option])
+        fused = optimize_for_inference(model)
+        assert isinstance(fused, FusedSplitMixer)
+        images = torch.randn(3, model.in_chans, 15, 18)
+        assert difference(fused, model, images) < 1e-5
+        assert difference(fused.forward_features, model.forward_features, images) < 1e-5
+        assert difference(optimize_for_inference(model, dtype=torch.bfloat16), model, images) < 0.03
+
+    @pytest.mark.parametrize('size', [(2, 2), (2, 31), (33, 7), (40, 40)])
+    @pytest.mark.parametrize('kind', KINDS)
+    def test_any_size(self, kind, size):
+        model = build(channel_mixing=kind)
+        assert difference(optimize_for_inference(model), model, torch.randn(2, 3, *size)) < 1e-5
+
+    @pytest.mark.parametrize('height', [1, 2, 3, 4, 5, 9, 10])
+    @pytest.mark.parametrize('kernel_size', [1, 2, 3, 4, 9])
+    def test_borders(self, kernel_size, height):
+        """ What is folded into the second convolution comes before its padding."""
+        model = build(kernel_size=kernel_size, patch_size=1)
+        assert difference(optimize_for_inference(model), model, torch.randn(1, 3, height, 6)) < 1e-5
+
+    @pytest.mark.parametrize('batch', [1, 2, 3, 4, 7])
+    def test_any_batch(self, batch, monkeypatch):
+        """ Whole pieces, a rest, less than a piece."""
+        monkeypatch.setattr(fused_cpu, 'PIECE_BYTES', -(-3 * 24 * 8 * 8 * 4 // torch.get_num_threads()))
+        model = build()
+        fused = optimize_for_inference(model)
+        images = torch.randn(batch, 3, 16, 16)
+        with torch.no_grad():
+            sizes = [len(piece) for piece in fused._pieces(images)]
+        assert sizes == [3] * (batch // 3) + [batch % 3] * (batch % 3 > 0)
+        assert difference(fused, model, images) < 1e-5
+        assert difference(fused.forward_features, model.forward_features, images) < 1e-5
+
+    def test_no_images(self):
+        model = build()
+        images = torch.randn(0, 3, 16, 16)
+        fused = optimize_for_inference(model)
+        with torch.no_grad():
+            assert fused(images).shape == model(images).shape == (0, 10)
+            assert fused.forward_features(images).shape == model.forward_features(images).shape
+
+    def test_memory_formats(self, images):
+        model = build()
+        fused = optimize_for_inference(model)
+        expected = fused(images)
+        for same in (images.contiguous(memory_format=torch.channels_last), images.mT.contiguous().mT,
+                     torch.cat([images, images], 1)[:, :3]):
+            torch.testing.assert_close(fused(same), expected, rtol=1e-5, atol=1e-6)
+
+    def test_without_onednn(self, images, monkeypatch):
+        monkeypatch.setattr(fused_cpu, '_onednn_linear', None)
+        model = build()
+        assert difference(optimize_for_inference(model), model, images) < 1e-5
+
+    def test_model_in_bfloat16(self, images):
+        model = build()
+        fused = optimize_for_inference(copy.deepcopy(model).to(torch.bfloat16))
+        assert fused(images).dtype == torch.bfloat16
+        assert difference(fused, model, images) < 0.05
+
+    def test_norm_without_affine(self, images):
+        model = randomize(SplitMixer(24, 2, norm_layer=lambda dim, **dd: nn.BatchNorm2d(dim, affine=False, **dd)))
+        fused = optimize_for_inference(model)
+        assert isinstance(fused, FusedSplitMixer)
+        assert difference(fused, model, images) < 1e-5
+
+
+class TestInterface:
+    def test_model_is_left_alone(self, images):
+        model = build()
+        state, before = copy.deepcopy(model.state_dict()), copy.deepcopy(images)
+        for dtype in (None, torch.bfloat16):
+            fused = optimize_for_inference(model, dtype=dtype)
+            fused(images)
+            for tensor in (*fused.parameters(), *fused.buffers()):
+                tensor.zero_()
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+        assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
+        assert torch.equal(images, before)
+
+    def test_later_training_does_not_reach_it(self, images):
+        model = build()
+        fused = optimize_for_inference(model)
+        expected = fused(images)
+        randomize(model, seed=1)
+        assert torch.equal(fused(images), expected)
+
+    def test_attributes(self, images):
+        model = timm.create_model('splitmixer_i_256_8', depth=1).eval()
+        fused = optimize_for_inference(model)
+        for name in ('num_classes', 'num_features', 'head_hidden_size', 'in_chans', 'pretrained_cfg', 'default_cfg'):
+            assert getattr(fused, name) == getattr(model, name)
+        assert timm.data.resolve_model_data_config(fused) == timm.data.resolve_model_data_config(model)
+        features = fused.forward_features(images)
+        torch.testing.assert_close(fused.forward_head(features), fused(images))
+        assert fused.forward_head(features, pre_logits=True).shape == (2, 256)
+
+    def test_frozen(self, images):
+        fused = optimize_for_inference(build())
+        assert not fused.training
+        assert not any(p.requires_grad for p in fused.parameters())
+        assert not fused(images).requires_grad
+        assert fused.eval() is fused
+        with pytest.raises(RuntimeError, match='inference only'):
+            fused.train()
+
+    def test_copies(self, images):
+        fused = optimize_for_inference(build())
+        file = io.BytesIO()
+        torch.save(fused, file)
+        file.seek(0)
+        for same in (copy.deepcopy(fused), torch.load(file, weights_only=False)):
+            assert torch.equal(same(images), fused(images))
+
+    @pytest.mark.parametrize('move', [lambda m: m.half(), lambda m: m.to('meta')])
+    def test_keeps_dtype_and_device(self, move):
+        with pytest.raises(RuntimeError, match='keeps the device and the dtype'):
+            move(optimize_for_inference(build()))
+
+    def test_bad_images(self):
+        fused = optimize_for_inference(build(patch_size=7))
+        with pytest.raises(AssertionError, match='in_chans=3 channels, got 1'):
+            fused(torch.randn(1, 1, 8, 8))
+        with pytest.raises(AssertionError, match='height must be at least patch_size=7, got 6'):
+            fused(torch.randn(1, 3, 6, 9))
+        with pytest.raises(ValueError, match='floating point on cpu, got torch.uint8 on cpu'):
+            fused(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+        with pytest.raises(ValueError, match='on cpu, got torch.float32 on meta'):
+            fused(torch.zeros(1, 3, 8, 8, device='meta'))
+
+    def test_keeps_dtype_under_autocast(self, images):
+        fused = optimize_for_inference(build())
+        expected = fused(images)
+        with torch.autocast('cpu', torch.bfloat16):
+            assert torch.equal(fused(images), expected)
+
+
+class TestRefused:
+    def test_train_mode(self):
+        with pytest.raises(ValueError, match=r'train mode: call model\.eval\(\)'):
+            optimize_for_inference(SplitMixer(24, 1))
+        model = SplitMixer(24, 2).eval()
+        model.blocks[1].channel_mixing.norm.train()
+        with pytest.raises(ValueError, match='train mode'):
+            optimize_for_inference(model)
+
+    @pytest.mark.parametrize('model', [nn.Linear(2, 2), 'splitmixer_i_256_8', timm.models.ConvMixer(8, 1)])
+    def test_other_models(self, model):
+        with pytest.raises(TypeError, match=rf'SplitMixer, got {type(model).__name__}'):
+            optimize_for_inference(model)
+
+    @pytest.mark.parametrize('dtype', ['bf16', torch.int8])
+    def test_dtype(self, dtype):
+        with pytest.raises(TypeError, match='floating point torch.dtype or None'):
+            optimize_for_inference(build(), dtype=dtype)
+
+
+def hooked():
+    model = build()
+    model.blocks[0].register_forward_hook(lambda module, args, output: output * 2)
+    return model
+
+
+class TestFallback:
+    @pytest.mark.parametrize(('make', 'dtype', 'reason'), [
+        (lambda: build(norm_layer='layernorm2d'), None, 'norm LayerNorm2d'),
+        (lambda: build(norm_layer=lambda dim, **dd: nn.BatchNorm2d(dim, track_running_stats=False)), None, 'norm B'),
+        (lambda: build(act_layer='silu'), None, 'activation SiLU'),
+        (lambda: build(act_layer=lambda: nn.GELU(approximate='tanh')), None, 'activation GELU'),
+        (build, torch.float64, 'torch.float64 on a CPU'),
+        (hooked, None, r'a forward hook on blocks\.0'),
+    ])
+    def test_plain_copy_and_one_warning(self, make, dtype, reason, images):
+        model = make()
+        with pytest.warns(UserWarning, match=reason) as caught:
+            fallback = optimize_for_inference(model, dtype=dtype)
+        assert len(caught) == 1
+        assert caught[0].filename == __file__
+        assert type(fallback) is SplitMixer
+        assert fallback is not model
+        assert not fallback.training
+        assert not any(p.requires_grad for p in fallback.parameters())
+        assert difference(lambda x: fallback(x.to(dtype)).float() if dtype else fallback(x), model, images) < 1e-6
+
+    def test_no_kernels_for_the_device(self):
+        with pytest.warns(UserWarning, match='a model on meta'):
+            assert next(optimize_for_inference(SplitMixer(24, 1, device='meta').eval()).parameters()).is_meta
+
+    def test_silent_where_supported(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            optimize_for_inference(build())

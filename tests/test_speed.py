@@ -1,0 +1,147 @@
+""" benchmarks/speed.py and benchmarks/plain.py: every form is measured, and all compute the same. """
+import csv
+import sys
+
+import pytest
+import timm
+import torch
+from conftest import ROOT
+from reference import plain_model, randomize
+
+sys.path.insert(0, str(ROOT / 'benchmarks'))
+import report  # noqa: E402
+import speed  # noqa: E402
+
+
+class InThisProcess:
+    """ Stands for a pool of one process; `torch.compile` is left out, which takes long."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        pass
+
+    def submit(self, function, *args):
+        self.rows = function(*args)
+        return self
+
+    def result(self):
+        return self.rows
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, 'ProcessPoolExecutor', InThisProcess)
+    monkeypatch.setattr(speed, 'TURN', 0.)
+    monkeypatch.setattr(torch, 'compile', lambda model, **kwargs: model)
+    monkeypatch.setattr(report, 'RESULTS_DIR', tmp_path)
+    threads = torch.get_num_threads()
+
+    def run(*args):
+        few = ['--device', 'cpu', '--threads', '1', '--turns', '2', '--batch-size', '2']
+        status = speed.main([*few, '--results', str(tmp_path), *args])
+        path, = tmp_path.glob('*.speed.csv')
+        with open(path, encoding='utf-8', newline='') as f:
+            return status, list(csv.DictReader(f))
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize('name', [
+    *(f'splitmixer_{kind}_256_8' for kind in ('i', 'ii', 'iii', 'iv', 'v', '3d')), 'splitmixer_i_768_32',
+    'convmixer_256_8'])
+def test_plain_model(name):
+    model = randomize(timm.create_model(name, depth=2, num_classes=5))
+    plain = plain_model(model)
+    images = torch.randn(2, 3, 21, 28)
+    assert not plain.training
+    assert not {p.data_ptr() for p in plain.parameters()} & {p.data_ptr() for p in model.parameters()}
+    with torch.no_grad():
+        torch.testing.assert_close(plain(images), model(images), rtol=1e-4, atol=1e-4)
+
+
+def test_plain_model_with_arguments():
+    for kwargs in (dict(overlap_ratio='6/11'), dict(channel_mixing='iv', num_segments=5),
+                   dict(channel_mixing='3d', channel_kernel_size=16, channel_stride=8)):
+        model = randomize(timm.create_model('splitmixer_i_256_8', depth=2, dim=24, **kwargs))
+        with torch.no_grad():
+            torch.testing.assert_close(plain_model(model)(torch.ones(1, 3, 8, 8)), model(torch.ones(1, 3, 8, 8)))
+
+
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+@pytest.mark.parametrize('kind', ['i', 'ii', 'iii', 'iv'])
+def test_training_takes_no_more_memory(kind, precision):
+    """ Than the plain network, but for the copies of the images and of small weights."""
+    model = timm.create_model(f'splitmixer_{kind}_256_8', depth=3).train()
+    images = torch.randn(8, 3, 32, 32)
+
+    def step(model):
+        with torch.autocast('cpu', torch.bfloat16, enabled=precision == 'bf16'):
+            loss = model(images).float().logsumexp(1).sum()
+        loss.backward()
+        model.zero_grad()
+
+    peaks = []
+    for m in (plain_model(model), model):
+        step(m)
+        peaks.append(speed.peak_memory(lambda m=m: step(m), torch.device('cpu')))
+    assert peaks[1] < 1.01 * peaks[0]
+
+
+@pytest.mark.export
+def test_inference(results, monkeypatch):
+    status, rows = results('--models', 'splitmixer_i_256_8', '--tasks', 'infer')
+    assert status == 0
+    runtimes = {'ONNX Runtime': 'onnxruntime', 'OpenVINO': 'openvino', 'OpenVINO bf16': 'openvino'}
+    forms = [form for form in speed.INFERENCE
+             if form not in runtimes or speed.find_spec('onnxscript') and speed.find_spec(runtimes[form])]
+    assert [(row['batch_size'], row['form']) for row in rows] == [(size, form) for size in '21' for form in forms]
+    for row in rows:
+        assert float(row['difference']) < (0.05 if 'bf16' in row['form'] else 1e-4)
+        assert float(row['fastest']) <= float(row['seconds']) <= float(row['slowest'])
+        assert (row['threads'], row['turns'], row['img_size']) == ('1', '2', '32')
+    text = report.forms_tables()
+    assert 'inference, fp32 but where said otherwise, batch 2' in text
+    assert text.count('| `splitmixer_i_256_8` |') == 2
+    assert 'optimized bf16' in text
+
+
+def test_training(results):
+    status, rows = results('--models', 'splitmixer_ii_256_8', 'convmixer_256_8', '--tasks', 'train')
+    assert status == 0
+    forms = [('splitmixer_ii_256_8', form) for form in speed.TRAINING] + [
+        ('convmixer_256_8', form) for form in ('plain', 'compiled')]
+    assert [(row['model'], row['form']) for row in rows if row['precision'] == 'fp32'] == forms
+    assert {row['precision'] for row in rows} == {'fp32', 'bf16'}
+    assert all(float(row['peak_memory_mib']) > 1 for row in rows)
+    assert 'of its memory' in report.forms_tables()
+
+
+def test_a_form_that_fails_is_recorded(results, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError('no such form')
+
+    monkeypatch.setattr(speed, 'optimize_for_inference', fail)
+    status, rows = results('--models', 'splitmixer_i_256_8', '--tasks', 'infer')
+    assert status == 1
+    failed = [row for row in rows if row['error']]
+    assert {row['form'] for row in failed} == {'optimized', 'optimized bf16'}
+    assert failed[0]['error'] == 'RuntimeError: no such form'
+    assert 'failed' in report.forms_tables()
+
+
+@pytest.mark.parametrize(('args', 'words'), [
+    (['--turns', '0'], '--turns must be at least 1'),
+    (['--batch-size', '-1'], '--batch-size must be at least 1'),
+    (['--models', 'nomodel'], "unknown model 'nomodel'"),
+    (['--device', 'tpu'], "got 'tpu'"),
+])
+def test_bad_arguments(args, words, capsys):
+    with pytest.raises(SystemExit):
+        speed.main(args)
+    assert words in capsys.readouterr().err
