@@ -6,7 +6,7 @@ from typing import Optional
 import torch
 from torch import nn
 
-from . import fused_cpu
+from . import fused_cpu, fused_cuda
 from .fused import Unsupported
 from .splitmixer import SplitMixer
 
@@ -17,6 +17,8 @@ def _build(model: SplitMixer, dtype: torch.dtype) -> nn.Module:
     device = model.stem[0].weight.device
     if device.type == 'cpu':
         return fused_cpu.build(model, dtype)
+    if device.type == 'cuda':
+        return fused_cuda.build(model, dtype)
     raise Unsupported(f'a model on {device}')
 
 
@@ -24,7 +26,9 @@ def optimize_for_inference(model: SplitMixer, *, dtype: Optional[torch.dtype] = 
     """ Several times faster form of a model in eval mode, with the same outputs.
 
     On a CPU the batch goes through the blocks a few images at a time, in memory that stays in the cache, updated in
-    place; nothing is compiled, and every size of image and batch is as fast from the first call on.
+    place; nothing is compiled, and every size of image and batch is as fast from the first call on. On CUDA (NVIDIA, of
+    compute capability 8.0 or more) Triton kernels replace the layers; the first call with a new size of images or batch
+    compiles them, measures how to run them and captures a CUDA graph, which takes seconds, then replays it.
 
     The new module takes images as the model does and has its `forward`, `forward_features`, `forward_head`,
     `num_classes`, `num_features`, `pretrained_cfg` and `default_cfg`. It has no gradients and no train mode, and keeps
@@ -35,8 +39,8 @@ def optimize_for_inference(model: SplitMixer, *, dtype: Optional[torch.dtype] = 
 
     Args:
         model: The model, in eval mode; it stays as it is, and changes to it later do not reach the new one.
-        dtype: Data type of weights and features, `torch.float32` or `torch.bfloat16` on a CPU; that of the model
-            if None.
+        dtype: Data type of weights and features, `torch.float32`, `torch.bfloat16` or, on CUDA, `torch.float16`; that
+            of the model if None.
 
     Returns:
         Frozen module in eval mode on the model's device.

@@ -1,0 +1,192 @@
+""" A SplitMixer for inference on CUDA: Triton kernels, and a CUDA graph around them."""
+from collections import OrderedDict
+from typing import Any, Dict, Tuple
+
+import torch
+from torch import nn
+
+from .fused import FusedModel, Unsupported, activation, check_supported, fold_affine, segments
+from .splitmixer import SplitMixer, SplitMixerBlock
+
+try:
+    from . import kernels
+except ImportError:  # torch for another platform comes without Triton
+    kernels = None
+
+__all__ = ['FusedSplitMixer', 'build']
+
+MAX_GRAPHS = 8
+
+
+def _stack(*rows: torch.Tensor) -> torch.Tensor:
+    return torch.cat([row.detach().float().reshape(-1, row.shape[-1]) for row in rows])
+
+
+class FusedPatchEmbedding(nn.Module):
+    """ The stem: images (N, in_chans, H, W) to features (N, H', W', C)."""
+
+    def __init__(self, stem: nn.Sequential, dtype: torch.dtype, precision: str):
+        super().__init__()
+        conv, act, norm = stem
+        self.patch_size = conv.kernel_size[0]
+        self.stride = conv.stride[0]
+        self.act = activation(act)
+        self.precision = precision
+        self.register_buffer('weight', kernels.pack_patches(conv, dtype))
+        self.register_buffer('params', _stack(conv.bias, *fold_affine(norm)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return kernels.patch_embedding(
+            x, self.weight, self.params, self.patch_size, self.stride, self.act, self.precision)
+
+
+class FusedSpatialMixing(nn.Module):
+    """ Spatial mixing of a block and its residual, on features (N, H, W, C)."""
+
+    def __init__(self, block: SplitMixerBlock):
+        super().__init__()
+        mixing = block.spatial_mixing
+        if not hasattr(mixing, 'conv2'):
+            raise Unsupported("spatial_mixing='2d' on CUDA")
+        self.kernel_size = mixing.conv2.kernel_size[0]
+        self.act = activation(mixing.act1)
+        self.residual = block.spatial_residual
+        params = _stack(
+            mixing.conv1.weight.flatten(1).T, mixing.conv1.bias, *fold_affine(mixing.norm1),
+            mixing.conv2.weight.flatten(1).T, mixing.conv2.bias, *fold_affine(mixing.norm2))
+        self.register_buffer('params', params)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return kernels.spatial_mixing(x, self.params, self.kernel_size, self.act, self.residual)
+
+
+class FusedChannelMixing(nn.Module):
+    """ Channel mixing of a block, of any type, on features (N, H, W, C)."""
+
+    def __init__(self, block: SplitMixerBlock, dtype: torch.dtype, precision: str):
+        super().__init__()
+        mixing = block.channel_mixing
+        self.act = activation(mixing.act)
+        self.residual = block.channel_residual
+        self.precision = precision
+        scale, shift = fold_affine(mixing.norm)
+        weight, tiles, bias = kernels.pack_channels(segments(mixing.mixer), len(scale), dtype)
+        self.register_buffer('weight', weight)
+        self.register_buffer('tiles', tiles)
+        self.register_buffer('params', _stack(bias, scale, shift))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return kernels.channel_mixing(
+            x, self.weight, self.tiles, self.params, self.act, self.residual, self.precision)
+
+
+class FusedSplitMixer(FusedModel):
+    """ A `SplitMixer` in eval mode as Triton kernels; `build` makes it.
+
+    `forward` is captured in a CUDA graph at the first call with new sizes of images, and replayed after it; the last
+    `MAX_GRAPHS` are kept. The graphs share their memory: calls must not overlap on several streams. Within the capture
+    of another graph, and by `forward_features` alone, the kernels are launched one by one.
+
+    Args:
+        model: The model.
+        dtype: Data type of weights, features and logits: fp32, fp16 or bf16.
+
+    Raises:
+        Unsupported: If the kernels do not cover the model.
+    """
+
+    def __init__(self, model: SplitMixer, dtype: torch.dtype):
+        super().__init__(model, dtype)
+        # fp32 products keep fp32's accuracy on tensor cores by three products in TF32, unless torch is told otherwise
+        precision = 'tf32x3' if torch.get_float32_matmul_precision() == 'highest' else 'tf32'
+        self.stem = FusedPatchEmbedding(model.stem, dtype, precision)
+        mixing = []
+        for block in model.blocks:
+            if not isinstance(block.spatial_mixing, nn.Identity):
+                mixing.append(FusedSpatialMixing(block))
+            if not isinstance(block.channel_mixing, nn.Identity):
+                mixing.append(FusedChannelMixing(block, dtype, precision))
+        self.blocks = nn.Sequential(*mixing)
+        self._graphs: OrderedDict = OrderedDict()
+        self._pool = None
+        self.eval()
+
+    def _apply(self, fn, recurse: bool = True):
+        device = self.stem.params.device
+        sample = fn(torch.empty(0, device=device))
+        if sample.dtype != torch.float32 or sample.device.type != device.type:
+            raise RuntimeError(
+                f'{type(self).__name__} keeps the kind of device and the dtype it was made for, {device.type} and '
+                f'{self.dtype}: make another from the model.')
+        self._graphs.clear()
+        self._pool = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {**self.__dict__, '_graphs': OrderedDict(), '_pool': None}
+
+    @torch.no_grad()
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """ Images (N, in_chans, H, W) to features (N, dim, H / stride, W / stride), in channels_last memory."""
+        self._check_input(x)
+        with torch.cuda.device_of(x):
+            x = self.blocks(self.stem(x))
+        return x.permute(0, 3, 1, 2)
+
+    def _capture(self, x: torch.Tensor) -> Tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
+        """ Graph of `forward` for images like `x`, with its input and its output."""
+        static_x = x.detach().clone(memory_format=torch.contiguous_format)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.forward_head(self.forward_features(static_x))  # compiles, measures, allocates workspaces
+        torch.cuda.current_stream().wait_stream(stream)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: what a data loader's thread does meanwhile is not part of it, and no error
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode='thread_local'):
+            y = self.forward_head(self.forward_features(static_x))
+        return graph, static_x, y
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not x.is_cuda or torch.cuda.is_current_stream_capturing():
+            return self.forward_head(self.forward_features(x))
+        key = (x.shape, x.dtype, x.device)
+        with torch.cuda.device_of(x):
+            if key not in self._graphs:
+                if len(self._graphs) == MAX_GRAPHS:
+                    self._graphs.popitem(last=False)
+                self._graphs[key] = self._capture(x)
+            self._graphs.move_to_end(key)
+            graph, static_x, y = self._graphs[key]
+            static_x.copy_(x)
+            graph.replay()
+            return y.clone()
+
+
+def build(model: SplitMixer, dtype: torch.dtype) -> FusedSplitMixer:
+    """ Fused form of a model in eval mode on a CUDA device; the model stays as it is.
+
+    Args:
+        model: The model.
+        dtype: Data type of weights, features and logits: fp32, fp16 or bf16.
+
+    Raises:
+        Unsupported: If the kernels do not cover the model, its device or `dtype`; the message says why.
+    """
+    if kernels is None:
+        raise Unsupported('torch without Triton')
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise Unsupported(f'{dtype} on CUDA')
+    if not isinstance(model, SplitMixer):
+        raise Unsupported(f'model {type(model).__name__}')
+    device = model.stem[0].weight.device
+    if device.type == 'cuda':
+        if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
+            raise Unsupported(f'{torch.cuda.get_device_name(device)}, a GPU without NVIDIA compute capability 8.0')
+    elif device.type != 'cpu' or not kernels.INTERPRETED:
+        raise Unsupported(f'a model on {device}')
+    check_supported(model)
+    return FusedSplitMixer(model, dtype)

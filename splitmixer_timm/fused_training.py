@@ -1,0 +1,286 @@
+""" Training on CUDA with spatial mixing, activations and norms as Triton kernels that store little for the backward."""
+import math
+from typing import Any, Optional, Tuple
+
+import torch
+from torch import nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from .fused import Unsupported, activation, check_supported
+from .splitmixer import SplitMixer, SplitMixerBlock
+
+try:
+    import triton
+
+    from . import kernels, training_kernels
+except ImportError:  # torch for another platform comes without Triton
+    triton = None
+
+__all__ = ['fuse_for_training']
+
+
+class _Launch:
+    """ Launches of the training kernels for features (N, H, W, C), in buffers as precise as their arithmetic."""
+
+    def __init__(self, x: torch.Tensor, act: str):
+        self.shape = x.shape
+        self.channels = x.shape[-1]
+        self.count = x.numel() // self.channels
+        self.options = dict(dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        self.common = dict(ACT=act, ACC=kernels._accumulator(x.dtype))
+
+    def empty(self, *rows: int) -> torch.Tensor:
+        return torch.empty(*rows, self.channels, **self.options)
+
+    def spatial(self, kernel: Any, sums: int, kernel_size: int, *args: Any, **kwargs: Any) -> Optional[torch.Tensor]:
+        """ Launch a spatial kernel; its sums (places, `sums`, C) if it has any."""
+        blocks = training_kernels.SPATIAL
+        N, H, W, C = self.shape
+        places = N * triton.cdiv(H, blocks['BH']) * triton.cdiv(W, blocks['BW'])
+        if sums:
+            out = self.empty(places, sums)
+            args = (*args, out)
+        kernel[(places * triton.cdiv(C, blocks['BC']),)](
+            *args, N, H, W, C, K=kernel_size, **kwargs, ALIGN=math.gcd(C, 4), **blocks, num_warps=4, num_stages=1,
+            enable_fp_fusion=True)
+        return out if sums else None
+
+    def pointwise(
+            self,
+            step: str,
+            u: torch.Tensor,
+            other: Optional[torch.Tensor] = None,
+            out: Optional[torch.Tensor] = None,
+            params: Optional[torch.Tensor] = None,
+    ) -> Optional[torch.Tensor]:
+        """ Launch a step of the pointwise kernel; its sums (places, 1 or 2, C) if it has any."""
+        blocks = training_kernels.POINTWISE
+        places = triton.cdiv(self.count, blocks['BM'] * blocks['TILES'])
+        sums = None if step == 'norm' else self.empty(places, 1 if step == 'grad' else 2)
+        training_kernels.pointwise_kernel[(places * triton.cdiv(self.channels, blocks['BC']),)](
+            u, other, out, params, sums, self.count, self.channels, STEP=step, **self.common, **blocks, num_warps=4,
+            num_stages=1, enable_fp_fusion=True)
+        return sums
+
+    def norm(
+            self,
+            sums: torch.Tensor,
+            norm: nn.BatchNorm2d,
+            weight: torch.Tensor,
+            bias: torch.Tensor,
+            affine: torch.Tensor,
+    ) -> torch.Tensor:
+        """ Fill in the affine that a norm is for this batch, update its running statistics; mean and 1 / deviation."""
+        if self.count == 1:
+            raise ValueError(f'Expected more than 1 value per channel when training, got features {tuple(self.shape)}.')
+        norm.num_batches_tracked.add_(1)
+        momentum = norm.momentum if norm.momentum is not None else 1 / float(norm.num_batches_tracked)
+        moments = self.empty(2)
+        blocks = training_kernels.NORM
+        training_kernels.norm_kernel[(triton.cdiv(self.channels, blocks['BC']),)](
+            sums, weight, bias, norm.running_mean, norm.running_var, affine, moments, len(sums), self.count,
+            self.channels, momentum, norm.eps, **blocks, enable_fp_fusion=True)
+        return moments
+
+    def norm_grad(
+            self,
+            sums: torch.Tensor,
+            row: int,
+            weight: torch.Tensor,
+            moments: torch.Tensor,
+    ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """ Gradients of a norm's weight and bias, and the coefficients of its input's, from two rows of sums."""
+        weight_grad = torch.empty_like(weight)
+        bias_grad = torch.empty_like(weight)
+        coefficients = self.empty(3)
+        blocks = training_kernels.NORM
+        training_kernels.norm_grad_kernel[(triton.cdiv(self.channels, blocks['BC']),)](
+            sums, weight, moments, weight_grad, bias_grad, coefficients, len(sums), self.count, self.channels,
+            ROW=row, ROWS=sums.shape[1], **blocks, enable_fp_fusion=True)
+        return weight_grad, bias_grad, coefficients
+
+
+class ActNorm(Function):
+    """ Activation and norm of features (N, H, W, C), of which only the input is stored."""
+
+    @staticmethod
+    def forward(ctx, u, weight, bias, norm: nn.BatchNorm2d, act: str):
+        launch = _Launch(u, act)
+        affine = launch.empty(2)
+        moments = launch.norm(launch.pointwise('sums', u), norm, weight, bias, affine)
+        y = torch.empty_like(u)
+        launch.pointwise('norm', u, out=y, params=affine)
+        ctx.save_for_backward(u, weight, moments)
+        ctx.act = act
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, y_grad):
+        u, weight, moments = ctx.saved_tensors
+        y_grad = y_grad.contiguous()
+        launch = _Launch(u, ctx.act)
+        sums = launch.pointwise('grad sums', u, y_grad)
+        weight_grad, bias_grad, coefficients = launch.norm_grad(sums, 0, weight, moments)
+        u_grad = torch.empty_like(u)
+        launch.pointwise('grad', u, y_grad, u_grad, coefficients)
+        return u_grad, weight_grad, bias_grad, None, None
+
+
+class SpatialMixing(Function):
+    """ Spatial mixing of features (N, H, W, C) and its residual, of which the input and the output of the second
+    convolution are stored."""
+
+    @staticmethod
+    def forward(
+            ctx, x, conv1, bias1, weight1, shift1, conv2, bias2, weight2, shift2, mixing: nn.Sequential, act: str,
+            residual: bool):
+        K = conv1.shape[-1]
+        launch = _Launch(x, act)
+        # as `kernels.spatial_mixing` has them, the norms' rows follow
+        params = launch.empty(2 * K + 6)
+        params[:K] = conv1.flatten(1).T
+        params[K] = bias1
+        params[K + 3:2 * K + 3] = conv2.flatten(1).T
+        params[2 * K + 3] = bias2
+        sums = launch.spatial(training_kernels.row_sums_kernel, 2, K, x, params, **launch.common)
+        moments1 = launch.norm(sums, mixing.norm1, weight1, shift1, params[K + 1:K + 3])
+        u = torch.empty_like(x)
+        sums = launch.spatial(
+            kernels.spatial_kernel.fn, 2, K, x, u, params, RESIDUAL=False, TRAINING=True, **launch.common)
+        affine = params[2 * K + 4:]
+        moments2 = launch.norm(sums, mixing.norm2, weight2, shift2, affine)
+        y = torch.empty_like(x)
+        launch.pointwise('norm', u, x if residual else None, y, affine)
+        ctx.save_for_backward(x, u, params, conv1, conv2, weight1, moments1, weight2, moments2)
+        ctx.act = act
+        ctx.residual = residual
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, y_grad):
+        x, u, params, conv1, conv2, weight1, moments1, weight2, moments2 = ctx.saved_tensors
+        K = conv1.shape[-1]
+        y_grad = y_grad.contiguous()
+        launch = _Launch(x, ctx.act)
+
+        sums = launch.pointwise('grad sums', u, y_grad)
+        weight2_grad, shift2_grad, coefficients = launch.norm_grad(sums, 0, weight2, moments2)
+        u_grad = torch.empty_like(u)
+        sums = launch.pointwise('grad', u, y_grad, u_grad, coefficients)
+        bias2_grad = sums.sum((0, 1)).to(conv2.dtype)
+
+        kernel = training_kernels.spatial_grad_kernel
+        sums = launch.spatial(kernel, K + 2, K, x, u_grad, None, params, None, FIRST=True, **launch.common)
+        conv2_grad = sums[:, :K].sum(0).T.reshape(conv2.shape).to(conv2.dtype)
+        weight1_grad, shift1_grad, coefficients = launch.norm_grad(sums, K, weight1, moments1)
+        row_grad = torch.empty_like(x)
+        sums = launch.spatial(
+            kernel, K + 1, K, x, u_grad, row_grad, params, coefficients, FIRST=False, **launch.common)
+        sums = sums.sum(0).to(conv1.dtype)
+        conv1_grad = sums[:K].T.reshape(conv1.shape)
+        bias1_grad = sums[K]
+
+        x_grad = None
+        if ctx.needs_input_grad[0]:
+            x_grad = u_grad  # no longer needed
+            launch.spatial(
+                training_kernels.row_grad_kernel, 0, K, row_grad, y_grad, x_grad, params, RESIDUAL=ctx.residual,
+                ACC=launch.common['ACC'])
+        return (
+            x_grad, conv1_grad, bias1_grad, weight1_grad, shift1_grad, conv2_grad, bias2_grad, weight2_grad,
+            shift2_grad, None, None, None)
+
+
+def _to_nhwc(x: torch.Tensor) -> torch.Tensor:
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def _act_norm(u: torch.Tensor, act: nn.Module, norm: nn.BatchNorm2d) -> torch.Tensor:
+    """ Activation and norm of features (N, C, H, W)."""
+    return ActNorm.apply(_to_nhwc(u), norm.weight, norm.bias, norm, activation(act)).permute(0, 3, 1, 2)
+
+
+def _is_fused(module: nn.Module, x: torch.Tensor) -> bool:
+    """ Whether all norms of a module take the statistics of this batch, which the kernels can be run on."""
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    return all(norm.training for norm in norms) and (x.is_cuda or kernels.INTERPRETED)
+
+
+class FusedStem(nn.Sequential):
+    """ Stem of a `SplitMixer`: convolution, activation, norm."""
+
+    @torch.compiler.disable
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not _is_fused(self, x):
+            return super().forward(x)
+        conv, act, norm = self
+        with torch.cuda.device_of(x):
+            return _act_norm(conv(x.contiguous(memory_format=torch.channels_last)), act, norm)
+
+
+class FusedBlock(SplitMixerBlock):
+    """ Block of a `SplitMixer`; the products of its channel mixing stay torch's."""
+
+    def _mix_positions(self, x: torch.Tensor) -> torch.Tensor:
+        mixing = self.spatial_mixing
+        if isinstance(mixing, nn.Identity):
+            return x
+        x = _to_nhwc(x)
+        is_dropped = not isinstance(self.drop_path, nn.Identity)
+        y = SpatialMixing.apply(
+            x, mixing.conv1.weight, mixing.conv1.bias, mixing.norm1.weight, mixing.norm1.bias,
+            mixing.conv2.weight, mixing.conv2.bias, mixing.norm2.weight, mixing.norm2.bias,
+            mixing, activation(mixing.act1), self.spatial_residual and not is_dropped)
+        if self.spatial_residual and is_dropped:
+            y = x + self.drop_path(y)
+        return y.permute(0, 3, 1, 2)
+
+    @torch.compiler.disable
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not _is_fused(self, x):
+            return super().forward(x)
+        with torch.cuda.device_of(x):
+            x = self._mix_positions(x)
+            mixing = self.channel_mixing
+            if isinstance(mixing, nn.Identity):
+                return x
+            y = _act_norm(mixing.mixer(x), mixing.act, mixing.norm)
+            return x + self.drop_path(y) if self.channel_residual else y
+
+
+def fuse_for_training(model: SplitMixer) -> SplitMixer:
+    """ Make a model train by Triton kernels on CUDA that keep less than half of what the plain layers do.
+
+    The model is changed in place; its parameters, buffers and the names of both stay. The kernels run in train mode on
+    CUDA, with norms in fp32 and features in fp32 or, under autocast, half precision. Elsewhere, and where a norm is set
+    to eval mode, the plain layers run. Of the layers inside a block only the convolutions of channel mixing are called,
+    hooks of the others are not. `torch.compile` leaves stem and blocks as they are.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The model.
+
+    Raises:
+        Unsupported: If the kernels do not cover the model, which then stays as it is; the message says why.
+    """
+    if triton is None:
+        raise Unsupported('torch without Triton')
+    if not isinstance(model, SplitMixer):
+        raise Unsupported(f'model {type(model).__name__}')
+    check_supported(model)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d) and module.weight is None:
+            raise Unsupported(f'a norm without parameters at {name}')
+    if any(hasattr(block.spatial_mixing, 'conv1') and not hasattr(block.spatial_mixing, 'conv2')
+           for block in model.blocks):
+        raise Unsupported("spatial_mixing='2d'")
+    if type(model.stem) is nn.Sequential:
+        model.stem.__class__ = FusedStem
+    for block in model.blocks:
+        block.__class__ = FusedBlock
+    return model

@@ -1,0 +1,259 @@
+""" Training by Triton kernels, against the plain layers."""
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.autograd import gradcheck
+from triton_device import DEVICE, TOLERANCE, compile_kernel, cuda, not_interpreted, run_interpreted, runs_kernels
+
+from splitmixer_timm import SplitMixer, optimize_for_inference
+from splitmixer_timm.fused import Unsupported
+from splitmixer_timm.fused_training import ActNorm, FusedBlock, FusedStem, SpatialMixing, fuse_for_training
+
+
+def _model(dim=10, depth=1, kernel_size=3, patch_size=2, num_classes=5, **kwargs):
+    model = SplitMixer(dim, depth, kernel_size, patch_size, num_classes=num_classes, **kwargs)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.5)
+    return model.to(DEVICE).train()
+
+
+def _step(model, x, dtype=None):
+    """ Logits and gradients of a training step, the same for any two models with the same parameters."""
+    torch.manual_seed(1)
+    model.zero_grad()
+    with torch.autocast(DEVICE, dtype, enabled=dtype is not None):
+        y = model(x)
+    weight = torch.linspace(-1, 1, y.numel(), device=y.device).reshape(y.shape)
+    (y.float() * weight).sum().backward()
+    return y.detach().float(), [p.grad for p in model.parameters()]
+
+
+def _errors(ours, reference):
+    """ Greatest relative error of each tensor."""
+    errors = [((a - b).norm() / b.norm().clamp(min=1e-3)).item() for a, b in zip(ours, reference)]
+    assert len(errors) == len(reference) == len(ours)
+    return torch.tensor(errors)
+
+
+@not_interpreted
+def test_interpreted():
+    run_interpreted(__file__)
+
+
+@runs_kernels
+@pytest.mark.parametrize(('act', 'kernel_size', 'residual'), [('gelu', 3, True), ('gelu', 4, False), ('relu', 3, True)])
+def test_gradients_of_spatial_mixing(act, kernel_size, residual):
+    options = dict(dtype=torch.float64, device=DEVICE)
+    mixing = SplitMixer(3, 1, kernel_size, act_layer=act, **options).blocks[0].spatial_mixing
+    x = torch.randn(1, 5, 4, 3, **options, requires_grad=True)
+    shapes = [mixing.conv1.weight.shape, (3,), (3,), (3,), mixing.conv2.weight.shape, (3,), (3,), (3,)]
+    params = [torch.randn(shape, **options, requires_grad=True) for shape in shapes]
+
+    def mix(*args):
+        return SpatialMixing.apply(*args, mixing, act, residual)
+
+    def plain(x, conv1, bias1, weight1, shift1, conv2, bias2, weight2, shift2):
+        y = x.permute(0, 3, 1, 2)
+        for conv, bias, weight, shift in ((conv1, bias1, weight1, shift1), (conv2, bias2, weight2, shift2)):
+            y = nn.functional.conv2d(y, conv, bias, padding='same', groups=3)
+            y = nn.functional.batch_norm(mixing.act1(y), None, None, weight, shift, training=True)
+        return y.permute(0, 2, 3, 1) + (x if residual else 0)
+
+    assert gradcheck(mix, (x, *params), fast_mode=True)
+    torch.testing.assert_close(mix(x, *params), plain(x, *params), rtol=1e-6, atol=1e-6)  # eps is in fp32
+
+
+@runs_kernels
+@pytest.mark.parametrize('act', ['gelu', 'relu'])
+def test_gradients_of_act_norm(act):
+    options = dict(dtype=torch.float64, device=DEVICE)
+    u = torch.randn(1, 2, 2, 3, **options, requires_grad=True)
+    params = [torch.randn(3, **options, requires_grad=True) for _ in range(2)]
+    assert gradcheck(lambda *args: ActNorm.apply(*args, nn.BatchNorm2d(3, **options), act), (u, *params))
+
+
+@runs_kernels
+@pytest.mark.parametrize('kwargs', [
+    dict(channel_mixing='i', dim=17, kernel_size=5),
+    dict(channel_mixing='iii', act_layer='relu', kernel_size=4),
+    dict(channel_mixing='v', channel_residual=True, drop_path_rate=0.4, drop_rate=0.2, depth=2),
+    dict(channel_mixing='3d', spatial_residual=False, channel_kernel_size=6, channel_stride=4),
+    dict(channel_mixing='none'),
+    dict(spatial_mixing='none', channel_mixing='iv'),
+], ids=lambda kwargs: '-'.join(f'{name}={value}' for name, value in kwargs.items()))
+def test_step(kwargs):
+    """ Logits, gradients and running statistics over two steps."""
+    model = _model(**kwargs)
+    for module in model.blocks[-1].modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # cumulative average
+    fused = fuse_for_training(copy.deepcopy(model))
+    for _ in range(2):
+        x = torch.randn(2, 3, 7, 10, device=DEVICE)
+        (y, grads), (reference, reference_grads) = _step(fused, x), _step(model, x)
+        torch.testing.assert_close(y, reference, rtol=TOLERANCE, atol=TOLERANCE)
+        assert _errors(grads, reference_grads).max() < 10 * TOLERANCE
+    for (name, ours), (reference_name, buffer) in zip(fused.named_buffers(), model.named_buffers()):
+        assert name == reference_name
+        torch.testing.assert_close(ours, buffer, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@runs_kernels
+def test_half_precision():
+    """ Under autocast the gradients are as near to those in fp32 as the plain layers' are."""
+    model = _model(dim=16, depth=2)
+    fused = fuse_for_training(copy.deepcopy(model))
+    x = torch.randn(4, 3, 8, 10, device=DEVICE)
+    _, reference = _step(model, x)
+    ours, plain = (_errors(_step(m, x, torch.bfloat16)[1], reference) for m in (fused, model))
+    assert ours.max() < 0.1
+    assert ours.mean() < 1.3 * plain.mean()
+
+
+@runs_kernels
+def test_stored_for_backward():
+    """ Less than half of what the same layers unfused store for the backward, whatever the device."""
+    def stored(model):
+        sizes = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            alive.append(storage)
+            return tensor
+
+        alive = []
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(x)
+        return sum(sizes.values())
+
+    x = torch.randn(2, 3, 16, 16, device=DEVICE)
+    model = _model(depth=3)
+    assert stored(fuse_for_training(copy.deepcopy(model))) < 0.5 * stored(model)
+
+
+@runs_kernels
+def test_interface():
+    """ Names stay, copies are independent, the plain layers run in eval mode and with norms set to it."""
+    model = _model()
+    fused = fuse_for_training(copy.deepcopy(model))
+    assert fuse_for_training(fused) is fused
+    assert isinstance(fused.stem, FusedStem)
+    assert all(isinstance(block, FusedBlock) for block in fused.blocks)
+    assert list(fused.state_dict()) == list(model.state_dict())
+    x = torch.randn(2, 3, 6, 6, device=DEVICE, requires_grad=True)
+    fused(x).sum().backward()
+    assert x.grad.abs().sum() > 0
+    for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        before = other.stem[2].num_batches_tracked.item()
+        other(x)
+        assert other.stem[2].num_batches_tracked.item() == before + 1
+    assert fused.stem[2].num_batches_tracked.item() == before
+    model.load_state_dict(fused.state_dict())
+    assert torch.equal(fused.eval()(x), model.eval()(x))
+    for norms in (fused, model):
+        norms.train()
+        for module in norms.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+    assert torch.equal(fused(x), model(x))
+    with pytest.raises(ValueError, match='Expected more than 1 value per channel'):
+        fuse_for_training(_model())(x[:1, :, :2, :2])
+
+
+@runs_kernels
+def test_checkpointing():
+    model = _model()
+    fused = fuse_for_training(copy.deepcopy(model))
+    x = torch.randn(2, 3, 6, 6, device=DEVICE)
+    _, grads = _step(fused, x)
+    fused.set_grad_checkpointing()
+    _, checkpointed = _step(fused, x)
+    assert all(torch.equal(a, b) for a, b in zip(grads, checkpointed))
+
+
+@pytest.mark.parametrize(('create', 'reason'), [
+    (lambda: timm.create_model('convmixer_256_8'), 'model ConvMixer'),
+    (lambda: SplitMixer(8, 1, spatial_mixing='2d'), "spatial_mixing='2d'"),
+    (lambda: SplitMixer(8, 1, norm_layer='layernorm2d'), 'norm LayerNorm2d'),
+    (lambda: SplitMixer(8, 1, act_layer='silu'), 'activation SiLU'),
+    (lambda: nn.SyncBatchNorm.convert_sync_batchnorm(SplitMixer(8, 1)), 'norm SyncBatchNorm'),
+    (lambda: SplitMixer(8, 1, norm_layer=lambda dim, **dd: nn.BatchNorm2d(dim, affine=False, **dd)), 'parameters'),
+])
+def test_unsupported(create, reason):
+    model = create()
+    with pytest.raises(Unsupported, match=reason):
+        fuse_for_training(model)
+    assert not any(isinstance(module, (FusedStem, FusedBlock)) for module in model.modules())
+
+
+@not_interpreted
+def test_plain_on_cpu():
+    """ Without a GPU the fused model is the plain one, and either can be made ready for inference."""
+    model = _model().cpu()
+    fused = fuse_for_training(copy.deepcopy(model))
+    x = torch.randn(2, 3, 6, 6)
+    assert torch.equal(fused(x), model(x))
+    assert torch.equal(optimize_for_inference(fused.eval())(x), optimize_for_inference(model.eval())(x))
+
+
+@not_interpreted
+def test_compilation():
+    from splitmixer_timm import kernels, training_kernels
+
+    features = ('x_ptr', 'y_ptr', 'grad_ptr', 'out_ptr', 'y_grad_ptr', 'x_grad_ptr', 'u_ptr', 'other_ptr')
+    others = (
+        'params_ptr', 'coefficients_ptr', 'sums_ptr', 'weight_ptr', 'bias_ptr', 'mean_ptr', 'var_ptr', 'affine_ptr',
+        'moments_ptr', 'weight_grad_ptr', 'bias_grad_ptr')
+    without = {
+        'sums': ('other_ptr', 'out_ptr', 'params_ptr'), 'norm': ('other_ptr', 'sums_ptr'), 'grad sums': ('out_ptr',),
+        'grad': ()}
+    for capability, name, kernel_size, act in (
+            (80, 'bf16', 9, 'gelu'), (90, 'fp16', 5, 'gelu'), (90, 'fp32', 7, 'relu')):
+        pointers = {**dict.fromkeys(features, f'*{name}'), **dict.fromkeys(others, '*fp32')}
+        common = dict(ACT=act, ACC=kernels._accumulator(torch.float32), K=kernel_size, ALIGN=4, RESIDUAL=True)
+        spatial = {**common, **training_kernels.SPATIAL}
+        uses = [
+            (kernels.spatial_kernel.fn, dict(spatial, TRAINING=True)),
+            (training_kernels.row_sums_kernel, spatial),
+            (training_kernels.spatial_grad_kernel, dict(spatial, FIRST=True, out_ptr=None, coefficients_ptr=None)),
+            (training_kernels.spatial_grad_kernel, dict(spatial, FIRST=False)),
+            (training_kernels.row_grad_kernel, spatial),
+            (training_kernels.norm_kernel, training_kernels.NORM),
+            (training_kernels.norm_grad_kernel, dict(training_kernels.NORM, ROW=kernel_size, ROWS=kernel_size + 2)),
+        ]
+        uses += [(training_kernels.pointwise_kernel,
+                  {**common, **training_kernels.POINTWISE, 'STEP': step, **dict.fromkeys(names)})
+                 for step, names in without.items()]
+        for kernel, constants in uses:
+            arguments = dict(pointers, momentum='fp32', eps='fp32')
+            shared, stack = compile_kernel(kernel, arguments, constants, pointers, capability, 4, 1)
+            assert shared <= 48 * 1024
+            assert stack <= 16
+
+
+@pytest.mark.parametrize('variant', [
+    pytest.param(name, marks=cuda) for name in ('splitmixer_i_256_8', 'splitmixer_iii_256_8_ks7_p7')])
+def test_real_size_on_gpu(variant):
+    """ Under autocast at real sizes: gradients as near to fp64's as the plain layers', at most 0.6 of their memory."""
+    model = timm.create_model(variant).cuda().train()
+    size = model.default_cfg['input_size'][-1]
+    x = torch.randn(64, 3, size, size, device='cuda')
+    fused = fuse_for_training(copy.deepcopy(model))
+    _, reference = _step(copy.deepcopy(model).double(), x.double())
+    errors, peaks = [], []
+    for m in (fused, model):
+        _step(m, x, torch.bfloat16)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        errors.append(_errors(_step(m, x, torch.bfloat16)[1], reference).mean())
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert errors[0] < 1.2 * errors[1]
+    assert peaks[0] < 0.6 * peaks[1]

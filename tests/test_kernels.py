@@ -1,0 +1,243 @@
+""" The fused form for inference on CUDA, and its Triton kernels."""
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+from conftest import KINDS, SPLITMIXERS
+from triton_device import (
+    DEVICE,
+    TOLERANCE,
+    compile_kernel,
+    cuda,
+    not_interpreted,
+    run_interpreted,
+    runs_kernels,
+)
+
+from splitmixer_timm import SplitMixer, fused_cuda, optimize_for_inference
+from splitmixer_timm.fused import Product, Unsupported
+from splitmixer_timm.splitmixer import VARIANTS
+
+
+def _randomize(model):
+    """ The model in eval mode, its norms as far from the identity as trained ones."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.running_mean, std=0.5)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2.)
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias, std=0.5)
+    return model.eval().requires_grad_(False)
+
+
+def _model(dim=24, depth=2, kernel_size=3, patch_size=3, num_classes=7, **kwargs):
+    model = SplitMixer(dim, depth, kernel_size, patch_size, num_classes=num_classes, **kwargs)
+    return _randomize(model).to(DEVICE)
+
+
+def _assert_close(ours, reference, tolerance):
+    error = (ours.float() - reference.float()).abs().max() / reference.abs().max()
+    assert ours.shape == reference.shape
+    assert error <= tolerance, f'relative error {error:.2e}'
+
+
+def _assert_equal_to_eager(model, x, dtype=torch.float32, tolerance=TOLERANCE):
+    fused = fused_cuda.build(model, dtype)
+    features = fused.forward_features(x)
+    _assert_close(features, model.forward_features(x), tolerance)
+    _assert_close(fused.forward_head(features), model(x), tolerance)
+    assert features.dtype == dtype
+
+
+@not_interpreted
+def test_interpreted():
+    run_interpreted(__file__)
+
+
+@runs_kernels
+@pytest.mark.parametrize('kind', KINDS)
+def test_channel_mixing(kind):
+    _assert_equal_to_eager(_model(channel_mixing=kind), torch.randn(3, 3, 14, 17, device=DEVICE))
+
+
+@runs_kernels
+@pytest.mark.parametrize('kwargs', [
+    dict(channel_mixing='i', dim=27, overlap_ratio='6/11'),
+    dict(channel_mixing='ii', dim=23, num_segments=3, depth=4),
+    dict(channel_mixing='ii', num_segments=4, alternate_segments=False),
+    dict(channel_mixing='iii', num_segments=4),
+    dict(channel_mixing='iv', dim=23, num_segments=5),
+    dict(channel_mixing='3d', channel_kernel_size=6, channel_stride=6),
+    dict(channel_mixing='v', dim=150, depth=1),
+    dict(channel_mixing='i', dim=150),
+    dict(channel_residual=True),
+    dict(spatial_residual=False),
+    dict(channel_mixing='none'),
+    dict(spatial_mixing='none'),
+    dict(act_layer='relu', patch_size=3, patch_stride=2, in_chans=1),
+    dict(num_classes=0, global_pool='avgmax', drop_rate=0.1, drop_path_rate=0.1),
+], ids=lambda kwargs: '-'.join(f'{name}={value}' for name, value in kwargs.items()))
+def test_variations(kwargs):
+    x = torch.randn(1, kwargs.get('in_chans', 3), 10, 8, device=DEVICE)
+    _assert_equal_to_eager(_model(**kwargs), x)
+
+
+@runs_kernels
+@pytest.mark.parametrize('kernel_size', [1, 3, 4, 5, 7, 9])
+@pytest.mark.parametrize(('height', 'width', 'dim'), [(6, 9, 18), (3, 2, 17)])
+def test_spatial_mixing(kernel_size, height, width, dim):
+    block = _model(dim=dim, depth=1, kernel_size=kernel_size).blocks[0]
+    x = torch.randn(2, dim, height, width, device=DEVICE)
+    ours = fused_cuda.FusedSpatialMixing(block)(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
+    _assert_close(ours, x + block.spatial_mixing(x), TOLERANCE)
+
+
+@runs_kernels
+@pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.float16, 3e-3), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize('kind', ['i', '3d'])
+def test_half_precision(kind, dtype, tolerance):
+    x = torch.randn(1, 3, 11, 13, device=DEVICE).to(memory_format=torch.channels_last)
+    _assert_equal_to_eager(_model(channel_mixing=kind), x, dtype, tolerance)
+
+
+@runs_kernels
+def test_gelu_of_half_precision():
+    """ What half precision rounds off is more than what its GELU is wrong by."""
+    from splitmixer_timm import kernels
+
+    x = torch.linspace(-12, 12, 2**15, device=DEVICE).half().reshape(1, 128, 16, 16)
+    unit = torch.stack((torch.zeros(16), torch.ones(16), torch.zeros(16))).to(DEVICE)
+    identity = Product(0, 16, slice(0, 16), torch.eye(16, device=DEVICE), torch.zeros(16, device=DEVICE))
+    weight, tiles, _ = kernels.pack_channels([[identity]], 16, x.dtype)
+    y = kernels.channel_mixing(x, weight, tiles, unit, 'gelu', False, 'tf32x3')
+    error = (y.double() - torch.nn.functional.gelu(x.double())).abs()
+    assert (error <= 1e-4 + 2**-11 * x.abs()).all()
+
+
+@runs_kernels
+def test_packing():
+    """ What passes unchanged is not multiplied by more than its tile, and a shared convolution is kept once."""
+    def mixing(**kwargs):
+        model = _model(dim=256, depth=2, **kwargs)
+        return [m for m in fused_cuda.build(model, torch.float32).blocks if hasattr(m, 'tiles')]
+
+    first, second = mixing(channel_mixing='i')
+    assert first.tiles.tolist() == [[0, 192, 0], [0, 192, 192], [0, 192, 384], [192, 256, 576]]
+    assert second.tiles.tolist() == [[0, 64, 0], [64, 256, 64], [64, 256, 256], [64, 256, 448]]
+    assert mixing(channel_mixing='iii')[0].weight.shape == (256, 64)
+    assert mixing(channel_mixing='iv')[0].weight.shape == (512, 64)
+
+
+@runs_kernels
+def test_copies():
+    """ The model stays as it is, its fused form can be copied, pickled and moved, but neither cast nor trained."""
+    model, x = _model(), torch.randn(1, 3, 6, 7, device=DEVICE)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    fused = fused_cuda.build(model, torch.float32)
+    logits = fused(x)
+    assert not logits.requires_grad
+    for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused)), fused.to(DEVICE)):
+        assert torch.equal(other(x), logits)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(RuntimeError, match=r'the dtype it was made for, c(pu|uda) and torch\.float32'):
+        fused.half()
+    with pytest.raises(RuntimeError, match='for inference only'):
+        fused.train()
+    with pytest.raises(ValueError, match='got torch.int64 on'):
+        fused(x.long())
+    with pytest.raises(AssertionError, match='in_chans=3 channels, got 1'):
+        fused(x[:, :1])
+
+
+@runs_kernels
+@pytest.mark.parametrize(('kwargs', 'dtype', 'reason'), [
+    (dict(spatial_mixing='2d'), torch.float32, "spatial_mixing='2d'"),
+    (dict(norm_layer='layernorm2d'), torch.float32, 'norm LayerNorm2d'),
+    (dict(act_layer='silu'), torch.float32, 'activation SiLU'),
+    (dict(), torch.float64, r'torch\.float64 on CUDA'),
+])
+def test_unsupported(kwargs, dtype, reason):
+    with pytest.raises(Unsupported, match=reason):
+        fused_cuda.build(_model(**kwargs), dtype)
+
+
+@not_interpreted
+def test_unsupported_device(monkeypatch):
+    model = _randomize(SplitMixer(8, 1))
+    with pytest.raises(Unsupported, match='a model on cpu'):
+        fused_cuda.build(model, torch.float32)
+    with pytest.raises(Unsupported, match='model ConvMixer'):
+        fused_cuda.build(timm.create_model('convmixer_256_8'), torch.float32)
+    monkeypatch.setattr(fused_cuda, 'kernels', None)
+    with pytest.raises(Unsupported, match='torch without Triton'):
+        fused_cuda.build(model, torch.float32)
+
+
+@pytest.mark.parametrize('dtype', [
+    pytest.param(dtype, marks=cuda, id=str(dtype)) for dtype in (torch.float32, torch.float16, torch.bfloat16)])
+@pytest.mark.parametrize('variant', SPLITMIXERS)
+def test_variants_on_gpu(variant, dtype):
+    model = _randomize(timm.create_model(variant)).cuda()
+    size = model.default_cfg['input_size'][-1]
+    x = torch.randn(2, 3, size, size, device='cuda')
+    reference = model.double()(x.double())
+    fused = optimize_for_inference(model.float(), dtype=dtype)
+    assert isinstance(fused, fused_cuda.FusedSplitMixer)
+    _assert_close(fused(x), reference, {torch.float32: TOLERANCE, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype])
+
+
+@pytest.mark.parametrize('dtype', [
+    pytest.param(dtype, marks=cuda, id=str(dtype)) for dtype in (torch.float32, torch.bfloat16)])
+def test_graphs_on_gpu(dtype):
+    """ A graph for each size of images, replayed with new images, the oldest dropped; outputs are the caller's."""
+    fused = fused_cuda.build(_model(dim=64), dtype)
+    for batch in [*range(1, fused_cuda.MAX_GRAPHS + 3), 1]:
+        images = torch.randn(2, batch, 3, 14, 17, device='cuda')
+        logits = [fused(x) for x in images]
+        for x, y in zip(images, logits):
+            assert torch.equal(y, fused.forward_head(fused.forward_features(x)))
+    assert len(fused._graphs) == fused_cuda.MAX_GRAPHS
+    assert not fused.to('cuda')._graphs
+
+
+def _compilations():
+    """ What the registered variants launch: kernel, configuration, arguments, constants, compute capability."""
+    from splitmixer_timm import kernels
+
+    specialisations = sorted({
+        (args['kernel_size'], args['patch_size'], args.get('act_layer', 'gelu')) for args, _ in VARIANTS.values()})
+    for dtype, name in ((torch.float32, 'fp32'), (torch.float16, 'fp16'), (torch.bfloat16, 'bf16')):
+        arguments = dict(
+            x_ptr=f'*{name}', y_ptr=f'*{name}', weight_ptr=f'*{name}', params_ptr='*fp32', tiles_ptr='*i32')
+        product = dict(BN=kernels.BLOCK_N[dtype], BK=kernels.BLOCK_K)
+        for kernel_size, patch_size, act in specialisations:
+            common = dict(ACT=kernels._act(act, dtype), RESIDUAL=True, ACC=kernels._accumulator(dtype))
+            uses = [(kernels.spatial_kernel, dict(K=kernel_size, TRAINING=False, sums_ptr=None, ALIGN=4))]
+            for precision in ('tf32x3', 'tf32') if dtype == torch.float32 else ('tf32x3',):
+                taps = dict(TAPS=3 * patch_size ** 2, P=patch_size, STRIDE=patch_size, stride_w=1)
+                uses += [(kernels.channel_kernel, dict(product, PRECISION=precision)),
+                         (kernels.patch_kernel, dict(product, PRECISION=precision, **taps))]
+            for kernel, constants in uses:
+                for config in kernel.configs:
+                    for capability in (80, 90):
+                        yield kernel, config, arguments, {**common, **constants, **config.kwargs}, capability
+
+
+@not_interpreted
+def test_compilation():
+    """ What the registered variants launch compiles for Ampere and Hopper, without spilling a register.
+
+    One in 17 of all compilations, in steps that meet every kernel and configuration, is what a test has time for.
+    """
+    compiled = set()
+    for kernel, config, arguments, constants, capability in list(_compilations())[::17]:
+        # the spatial kernel does not want to know what divides C
+        aligned = [*arguments, 'M', 'C'] if 'BM' in constants else arguments
+        shared, stack = compile_kernel(
+            kernel.fn, arguments, constants, aligned, capability, config.num_warps, config.num_stages)
+        assert shared <= 99 * 1024  # of compute capability 8.6, less than that of 8.0 and 9.0
+        assert stack == 0
+        compiled.add((kernel, str(config)))
+    assert compiled == {(kernel, str(config)) for kernel, config, *_ in _compilations()}

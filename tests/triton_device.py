@@ -1,0 +1,78 @@
+""" Where tests of Triton kernels run: on a GPU, or on the CPU by Triton's interpreter, in a process of its own.
+
+`TRITON_INTERPRET` counts at the definition of a kernel, and kernels so defined cannot be compiled: a test module's
+tests marked `runs_kernels` are run by `run_interpreted` in a second process, and on a GPU in the first as well.
+"""
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+import pytest
+import torch
+from conftest import ROOT
+
+triton = pytest.importorskip('triton')
+INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
+HAS_CUDA = torch.cuda.is_available() and not INTERPRETED
+DEVICE = 'cuda' if HAS_CUDA else 'cpu'
+TOLERANCE = 1e-4 if HAS_CUDA else 1e-5  # relative, of fp32
+torch.backends.cudnn.allow_tf32 = False  # the plain layers are the reference
+
+runs_kernels = pytest.mark.skipif(not INTERPRETED and not HAS_CUDA, reason='test_interpreted runs this on the CPU')
+not_interpreted = pytest.mark.skipif(INTERPRETED, reason='not for the interpreter')
+cuda = [pytest.mark.cuda, pytest.mark.skipif(not HAS_CUDA, reason='needs a GPU')]
+
+if INTERPRETED:
+    from triton.runtime import interpreter
+
+    patch_lang_tensor = interpreter._patch_lang_tensor
+
+    def _patch_lang_tensor(tensor, *args):
+        patch_lang_tensor(tensor, *args)
+        # the interpreter of Triton 3.6 makes an int of an array with one element, which NumPy 2.5 refuses
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = _patch_lang_tensor
+
+
+def run_interpreted(path):
+    env = {**os.environ, 'TRITON_INTERPRET': '1', 'CUDA_VISIBLE_DEVICES': ''}
+    run = subprocess.run(
+        [sys.executable, '-m', 'pytest', '-q', '-x', path], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert ' passed' in run.stdout
+
+
+def compile_kernel(kernel, arguments, constants, aligned, capability, num_warps, num_stages):
+    """ Compile a kernel for a GPU that need not be there.
+
+    Args:
+        kernel: Kernel, not autotuned.
+        arguments: Types of its pointers, and other arguments that are not i32.
+        constants: Values of its constants; others than its own are left out.
+        aligned: Names of the arguments known to be multiples of 16.
+        capability: Compute capability.
+        num_warps: Number of warps.
+        num_stages: Number of stages of pipelined loops.
+
+    Returns:
+        Bytes of shared memory, and of local memory that a thread needs for what it has no registers for.
+    """
+    signature = {
+        name: 'constexpr' if name in constants else arguments.get(name, 'i32') for name in kernel.arg_names}
+    compiled = triton.compile(
+        triton.compiler.ASTSource(
+            kernel, signature, {name: constants[name] for name in kernel.arg_names if name in constants},
+            attrs={(kernel.arg_names.index(name),): [['tt.divisibility', 16]] for name in aligned
+                   if signature.get(name, 'constexpr') != 'constexpr'}),
+        target=triton.backends.compiler.GPUTarget('cuda', capability, 32),
+        options=dict(num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True))
+    with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
+        file.write(compiled.asm['cubin'])
+        file.flush()
+        usage = subprocess.run(
+            [triton.knobs.nvidia.cuobjdump.path, '--dump-resource-usage', file.name],
+            check=True, capture_output=True, text=True).stdout
+    return compiled.metadata.shared, int(re.search(r'STACK:(\d+)', usage)[1])
