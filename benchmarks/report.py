@@ -117,9 +117,9 @@ def roofline_tables() -> str:
 
 
 def roofline_table(rows: List[Dict[str, str]]) -> str:
-    models: Dict[Tuple[str, str], Dict[str, Dict[str, str]]] = {}
+    models: Dict[Tuple[Tuple[str, str], str], Dict[str, Dict[str, str]]] = {}
     for row in rows:
-        models.setdefault((row['model'], row['arguments']), {})[row['kind']] = row
+        models.setdefault(((row['model'], row['arguments']), row['form']), {})[row['kind']] = row
     # the kinds that take most, first
     total: Dict[str, float] = {}
     for row in rows:
@@ -127,14 +127,15 @@ def roofline_table(rows: List[Dict[str, str]]) -> str:
             total[row['kind']] = total.get(row['kind'], 0) + float(row['seconds'])
     kinds = sorted(total, key=total.get, reverse=True)
     lines = []
-    for key, by_kind in models.items():
+    for (key, form), by_kind in models.items():
+        label = reports.label(key) + ('' if form == 'created' else f', {form}')
         forward = by_kind[FORWARD]
         if forward['error']:
-            lines.append([reports.label(key), 'failed', *['-'] * (3 + len(kinds))])
+            lines.append([label, 'failed', *['-'] * (3 + len(kinds))])
             continue
         took = float(forward['seconds'])
         limits = [float(by_kind[kind]['limit_seconds']) for kind in (FORWARD, FUSED)]
-        line = [reports.label(key), *(reports.number(1000 * value) for value in (took, *limits)),
+        line = [label, *(reports.number(1000 * value) for value in (took, *limits)),
                 f'{limits[0] / took:.0%}']
         for kind in kinds:
             cell = '-'

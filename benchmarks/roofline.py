@@ -7,10 +7,12 @@ Every operation of a forward in eval mode must read its inputs and weights and w
 or matrix product must multiply and add. Two ceilings are measured on the same device: the bytes a second of a large
 copy and the operations a second of a large matrix product. The limit of an operation is the longer of the times that
 its bytes and its operations take at these. The limit of a forward is the sum of its operations' limits; were all but
-convolutions and matrix products fused into these, the sum of theirs.
+convolutions and matrix products fused into these, the sum of theirs. `--forms plain created optimized` records before
+and after: the network of benchmarks/plain.py, the registered model, and that by `optimize_for_inference`.
 """
 import argparse
 import datetime
+import functools
 import statistics
 import sys
 from collections import defaultdict
@@ -19,17 +21,18 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import torch
+from plain import plain_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
-from splitmixer_timm import benchmark
+from splitmixer_timm import benchmark, optimize_for_inference, splitmixer
 from splitmixer_timm.benchmark import SETTING, VERSIONS, Results, Row, Settings, Subject, make_images, seconds
 
 KINDS = {
     'activation': ('gelu', 'gelu_', 'relu', 'relu_', 'silu', 'silu_', 'hardswish', 'hardswish_', 'hardtanh'),
-    'norm': ('native_batch_norm', 'cudnn_batch_norm', 'miopen_batch_norm', 'native_layer_norm'),
+    'norm': ('native_batch_norm', 'cudnn_batch_norm', 'miopen_batch_norm', 'native_layer_norm', 'addcmul'),
     'sum': ('add', 'add_'),
     'copy': ('cat', 'stack', 'clone', 'copy_', '_to_copy'),
 }
@@ -39,12 +42,16 @@ FORMULAS = {
         flop_registry[torch.ops.aten._scaled_dot_product_flash_attention],
     **flop_registry,
 }
+if hasattr(torch.ops.mkldnn, '_linear_pointwise'):
+    FORMULAS[torch.ops.mkldnn._linear_pointwise] = \
+        lambda x, weight, *args, **kwargs: 2 * x.numel() * weight.shape[0]
+FORMS = {'plain': plain_model, 'created': lambda model: model, 'optimized': optimize_for_inference}
 FORWARD, FUSED = 'forward', 'forward, fused'
 
 
 class RooflineResults(Results):
     """ Results of this script."""
-    key = ('model', 'arguments', *SETTING, 'kind')
+    key = ('model', 'arguments', 'form', *SETTING, 'kind')
     columns = (
         *key, 'calls', 'bytes', 'operations', 'seconds', 'limit_seconds', 'copy_bytes_per_s', 'operations_per_s',
         'error', 'date', 'commit', *VERSIONS)
@@ -152,9 +159,11 @@ def measure(
         images: torch.Tensor,
         ceilings: Dict[str, float],
         passes: int,
+        form: str = 'created',
 ) -> List[Dict[str, str]]:
     """ Results of a model: a row for the forward as it runs, for its fused limit, and for each kind of operation."""
     subject = Subject(row, settings, images)
+    subject.step = functools.partial(FORMS[form](subject.step.func), images)
     subject.warm_up()
     with torch.inference_mode():
         forward = statistics.median(seconds(subject.step, images.device) for _ in range(passes))
@@ -181,6 +190,8 @@ def measure(
 def main(argv: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--models', nargs='+', default=['table3'], help="default: table3, the paper's Table 3")
+    parser.add_argument(
+        '--forms', nargs='+', choices=FORMS, default=['created'], help='of SplitMixers (default: created)')
     parser.add_argument('--device', help='cuda, cuda:N, mps or cpu (default: the first of these that is there)')
     parser.add_argument('--precision', choices=('fp32', 'tf32', 'fp16', 'bf16'), default='fp32')
     parser.add_argument('--memory-format', choices=('contiguous', 'channels_last'), default='contiguous')
@@ -199,6 +210,8 @@ def main(argv: Optional[List[str]] = None) -> int:
             device=str(device), precision=args.precision, memory_format=args.memory_format, batch_size=args.batch_size,
             img_size=args.img_size, batches=1)
         benchmark.check_settings(settings)
+        if 'optimized' in args.forms and device.type != 'cpu':
+            raise ValueError('form optimized can be recorded on a CPU only: elsewhere it is not made of operations')
         rows = benchmark.check_models(args.models)
         benchmark.check_folder(args.results)
         results = RooflineResults(args.results / f'{benchmark.results_name(str(device))}.roofline.csv')
@@ -214,18 +227,22 @@ def main(argv: Optional[List[str]] = None) -> int:
         ceilings = measure_ceilings(device, images.dtype)
         common.update(
             copy_bytes_per_s=f'{ceilings["copy"]:.6g}', operations_per_s=f'{ceilings["operations"]:.6g}')
-        for row in tqdm(rows, unit='model', disable=None):
+        passes = args.passes or (2 if device.type == 'cpu' else 10)
+        turns = [(row, form) for row in rows for form in dict.fromkeys(args.forms)
+                 if form == 'created' or row[0] in splitmixer.VARIANTS]
+        for row, form in tqdm(turns, unit='model', disable=None):
             try:
-                lines = measure(row, settings, images, ceilings, args.passes or (2 if device.type == 'cpu' else 10))
+                lines = measure(row, settings, images, ceilings, passes, form)
             except Exception as e:
                 lines = [dict(kind=FORWARD, error=benchmark.describe_error(e))]
                 failures += 1
                 print(f'{" ".join(row)}: {lines[0]["error"]}', file=sys.stderr)
-            setting = (*row, *(common[name] for name in SETTING))
+            setting = (*row, form, *(common[name] for name in SETTING))
             results.rows = {key: old for key, old in results.rows.items() if key[:-1] != setting}
             for line in lines:
                 results.put({
-                    **dict.fromkeys(results.columns, ''), **dict(model=row[0], arguments=row[1]), **common, **line})
+                    **dict.fromkeys(results.columns, ''), **common,
+                    **dict(model=row[0], arguments=row[1], form=form), **line})
     print(results.path)
     return 1 if failures else 0
 

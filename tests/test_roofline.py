@@ -92,6 +92,21 @@ def test_measure():
     assert float(forward['seconds']) > 0
 
 
+def test_forms(run, tmp_path, monkeypatch):
+    """ Before and after: the same products, fewer passes over the features."""
+    models = ['--models', 'splitmixer_iv_256_8_ks7_p7', 'convmixer_256_8_ks7_p7']
+    assert run(*models, '--forms', 'plain', 'created', 'optimized')[0] == 0
+    path, = tmp_path.iterdir()
+    rows = roofline.RooflineResults(path).rows.values()
+    by_kind = {(row['kind'], row['form']): row for row in rows if row['model'].startswith('splitmixer')}
+    assert len({by_kind[roofline.FORWARD, form]['operations'] for form in roofline.FORMS}) == 1
+    assert [by_kind['norm', form]['calls'] for form in roofline.FORMS] == ['25', '25', '17']
+    assert {row['form'] for row in rows if row['model'].startswith('convmixer')} == {'created'}
+    monkeypatch.setattr(report, 'RESULTS_DIR', tmp_path)
+    names = [line.split('|')[1].strip() for line in report.roofline_tables().splitlines() if line.startswith('|')]
+    assert names[2:] == ['ConvMixer', 'IV, s = 2, plain', 'IV, s = 2', 'IV, s = 2, optimized']
+
+
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(roofline, 'measure_ceilings', lambda device, dtype: CEILINGS)
