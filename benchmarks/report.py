@@ -154,11 +154,40 @@ def forms_tables() -> str:
     for path in sorted(RESULTS_DIR.glob('*.speed.csv')):
         tasks: Dict[Tuple[str, ...], List[Dict[str, str]]] = {}
         for row in SpeedResults(path).rows.values():
-            tasks.setdefault(tuple(row[name] for name in ('mode', 'precision', 'batch_size')), []).append(row)
-        for (mode, precision, batch_size), rows in tasks.items():
+            key = ('mode', 'precision', 'batch_size', 'memory')
+            tasks.setdefault(tuple(row[name] for name in key), []).append(row)
+        for (mode, precision, batch_size, memory), rows in tasks.items():
             title = f'training, {precision}' if mode == 'train' else f'inference, {precision} but where said otherwise'
-            parts += [f'**{rows[0]["device"]}: {title}, batch {batch_size}**', forms_table(rows)]
+            title += f', batch {batch_size}' + (f', memory {memory}' if memory else '')
+            parts += [f'**{rows[0]["device"]}: {title}**', forms_table(rows)]
         parts.append(f'{reports.source(list(SpeedResults(path).rows.values()))}.')
+    return '\n\n'.join(parts) or NOTHING
+
+
+def gains_tables() -> str:
+    """ Every device: how many times the plain model's images a second, in inference with a batch."""
+    parts = []
+    for path in sorted(RESULTS_DIR.glob('*.speed.csv')):
+        rows = [row for row in SpeedResults(path).rows.values() if row['mode'] == 'infer' and row['batch_size'] != '1']
+        gains: Dict[str, Dict[str, Dict[str, str]]] = {}
+        for row in rows:
+            gains.setdefault(row['model'], {}).setdefault(row['form'], {})[row['memory']] = row
+        memories = list(dict.fromkeys(row['memory'] for row in rows))
+        forms = [form for form in INFERENCE if form != 'plain' and any(form in by_form for by_form in gains.values())]
+        lines = []
+        for model, by_form in gains.items():
+            line = [f'`{model}`']
+            for form in forms:
+                cells = []
+                for memory in memories:
+                    row, plain = by_form.get(form, {}).get(memory), by_form['plain'].get(memory)
+                    known = row and plain and not row['error'] and not plain['error']
+                    cells.append(f'{float(plain["seconds"]) / float(row["seconds"]):.1f}' if known else '-')
+                line.append(' / '.join(cells))
+            lines.append(line)
+        title = f'{rows[0]["device"]}, batch {rows[0]["batch_size"]}'
+        title += f', memory {" / ".join(memories)}' if any(memories) else ''
+        parts += [table([title, *forms], lines), f'{reports.source(rows)}.']
     return '\n\n'.join(parts) or NOTHING
 
 
@@ -319,6 +348,7 @@ TABLES: Dict[str, Callable[[], str]] = {
     'training': training_table,
     'speed': speed_table,
     'forms': forms_tables,
+    'gains': gains_tables,
     'throughput': throughput_tables,
     'roofline': roofline_tables,
     'complexity': complexity_table,

@@ -6,7 +6,8 @@
 `plain` is benchmarks/plain.py, `created` the registered model, `compiled` that by torch.compile, `optimized` by
 `optimize_for_inference`; ONNX Runtime and OpenVINO (extra `export`) run the plain model's graph. All have the same
 weights and images, take turns in one process, in turns of at least a tenth of a second, and the median counts. Each
-model and task has a process of its own.
+model and task has a process of its own. On a CPU the memory that torch frees is `returned` to the system, as glibc does
+by itself, or `kept`, as under jemalloc: a form that needs less memory gains more by the first.
 """
 import argparse
 import datetime
@@ -53,7 +54,7 @@ class Task:
 
 class SpeedResults(Results):
     """ Results of this script."""
-    key = ('model', 'mode', 'precision', 'batch_size', 'img_size', 'device', 'form')
+    key = ('model', 'mode', 'precision', 'batch_size', 'img_size', 'memory', 'device', 'form')
     columns = (
         *key, 'seconds', 'fastest', 'slowest', 'turns', 'peak_memory_mib', 'difference', 'error', 'date', 'commit',
         *VERSIONS, *PACKAGES)
@@ -139,10 +140,12 @@ def peak_memory(work: Callable[[], Any], device: torch.device) -> int:
     return most
 
 
-def measure(name: str, task: Task, device: str, turns: int, threads: int) -> List[Dict[str, str]]:
+def measure(name: str, task: Task, memory: str, device: str, turns: int, threads: int) -> List[Dict[str, str]]:
     """ A row for each form of a model."""
     if torch.device(device).type == 'cpu':
         torch.set_num_threads(threads)
+    if memory == 'kept' and not benchmark.keep_memory():
+        return [dict(form='plain', error='the allocator of this system cannot be told to keep memory')]
     img_size = get_pretrained_cfg(name).input_size[-1]
     settings = task_settings(task, device, img_size)
     training = task.mode == 'train'
@@ -203,6 +206,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument('--tasks', nargs='+', choices=('infer', 'train'), default=['infer', 'train'])
     parser.add_argument('--device', help='cuda, cuda:N, mps or cpu (default: the first of these that is there)')
     parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='on a CPU (default: %(default)s)')
+    parser.add_argument(
+        '--memory', nargs='+', choices=('returned', 'kept'), default=['returned'], help='on a CPU (default: returned)')
     parser.add_argument('--batch-size', type=int, default=8, metavar='N', help='beside 1 (default: %(default)s)')
     parser.add_argument('--turns', type=int, default=15, metavar='N', help='default: %(default)s')
     parser.add_argument('--results', type=Path, default=benchmark.RESULTS_DIR, metavar='DIR')
@@ -233,15 +238,17 @@ def main(argv: Optional[List[str]] = None) -> int:
     if device.type == 'cpu':
         common['threads'] = str(args.threads)
     failures = 0
-    for name, task in tqdm([(name, task) for name in models for task in tasks], unit='task', disable=None):
+    memories = dict.fromkeys(args.memory) if device.type == 'cpu' else ['']
+    turns = [(name, task, memory) for memory in memories for name in models for task in tasks]
+    for name, task, memory in tqdm(turns, unit='task', disable=None):
         # one process each: what the memory allocator makes of it is not what another left behind
         with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool:
-            rows = pool.submit(measure, name, task, str(device), args.turns, args.threads).result()
+            rows = pool.submit(measure, name, task, memory, str(device), args.turns, args.threads).result()
         for row in rows:
             failures += 'error' in row
             results.put({
                 **dict.fromkeys(results.columns, ''), **common, 'model': name, 'mode': task.mode,
-                'precision': task.precision, 'batch_size': str(task.batch_size),
+                'precision': task.precision, 'batch_size': str(task.batch_size), 'memory': memory,
                 'img_size': str(get_pretrained_cfg(name).input_size[-1]), **row})
             print(name, *vars(task).values(), row['form'], row.get('error') or f'{float(row["seconds"]) * 1e3:.2f} ms')
     print(results.path)

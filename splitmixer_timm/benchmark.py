@@ -7,10 +7,12 @@ model is measured in a process of its own, so that the start of the GPU's librar
 `steady` measures what a user gets: eval and inference mode, warm-up until stable, then several repeats of many batches,
 the models in turn so that drift hits all alike; the result is the median.
 
-Where there are no CUDA events, a wall clock times the same code.
+Where there are no CUDA events, a wall clock times the same code. On a CPU with glibc the allocator is told to keep what
+is freed, see `keep_memory`.
 """
 import ast
 import csv
+import ctypes
 import datetime
 import functools
 import io
@@ -58,7 +60,7 @@ KEY = ('protocol', 'model', 'arguments', *SETTING)
 VERSIONS = ('threads', 'driver', 'cuda', 'cudnn', 'torch', 'timm', 'splitmixer_timm')
 COLUMNS = (
     *KEY, 'params', 'img_per_s', 'rates', 'batches', 'warm_up', 'stable', 'timer', 'peak_memory_mib',
-    'other_processes', 'sm_mhz', 'sm_mhz_max', 'error', 'date', 'commit', *VERSIONS)
+    'memory', 'other_processes', 'sm_mhz', 'sm_mhz_max', 'error', 'date', 'commit', *VERSIONS)
 
 
 @dataclass(frozen=True)
@@ -283,6 +285,20 @@ def backend_flags(settings: Settings) -> Iterator[None]:
         yield
 
 
+def keep_memory() -> bool:
+    """ Have the allocator of a CPU keep what is freed, as jemalloc and tcmalloc do; whether it can (glibc's).
+
+    It returns large tensors to the system and fetches them anew, page by page, which can take most of the time of a
+    forward and differs widely from one to the next.
+    """
+    try:
+        mallopt = ctypes.CDLL('libc.so.6').mallopt
+    except (OSError, AttributeError):
+        return False
+    no_mmap, no_trim, top_pad = (-4, 0), (-1, -1), (-2, 2**28)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+    return all(mallopt(*option) for option in (no_mmap, no_trim, top_pad))
+
+
 def seconds(work: Callable[[], Any], device: torch.device) -> float:
     """ Time that work takes: by a pair of CUDA events, synchronised after it, or else by the wall clock."""
     if device.type == 'cuda':
@@ -330,6 +346,7 @@ class Subject:
             self.grad_mode = torch.no_grad if settings.protocol == 'paper' else torch.inference_mode
             self.step = functools.partial(model, images)
         self.own_memory = self._allocated() - allocated + images.nbytes
+        self.memory = 'kept' if self.device.type == 'cpu' and keep_memory() else ''
 
     def _allocated(self) -> int:
         return torch.cuda.memory_allocated(self.device) if self.device.type == 'cuda' else 0
@@ -384,6 +401,7 @@ class Subject:
             stable={None: '', True: 'yes', False: 'no'}[self.is_stable],
             timer='CUDA events' if cuda else 'wall clock',
             peak_memory_mib=peak,
+            memory=self.memory,
             **{name: state[name] for name in ('other_processes', 'sm_mhz', 'sm_mhz_max')},
         )
 

@@ -171,6 +171,8 @@ def describe(rows: Rows) -> str:
         unstable = [label(_row(row)) for row in steady if row['stable'] == 'no']
         if unstable:
             sentences.append(f'Not yet stable when warm-up ended: {"; ".join(unstable)}')
+    if any(row['memory'] == 'kept' for row in (*paper, *steady)):
+        sentences.append('The allocator keeps what is freed')
     others = {row['other_processes'] for row in (*paper, *steady)} - {''}
     if others:
         sentences.append('Only process on the GPU: ' + (

@@ -620,7 +620,7 @@ class TestDocuments:
     def test_without_results(self, run_report, tmp_path):
         assert run_report() == 0
         assert 'None of ours is measured yet.' in (tmp_path / 'README.md').read_text()
-        assert (tmp_path / 'benchmarks' / 'README.md').read_text().count('No results file is in') == 2
+        assert (tmp_path / 'benchmarks' / 'README.md').read_text().count('No results file is in') == 3
         assert run_report('--check') == 0
 
     def test_with_results(self, run_report, device, tmp_path, capsys):

@@ -106,9 +106,32 @@ def test_inference(results, monkeypatch):
         assert float(row['fastest']) <= float(row['seconds']) <= float(row['slowest'])
         assert (row['threads'], row['turns'], row['img_size']) == ('1', '2', '32')
     text = report.forms_tables()
-    assert 'inference, fp32 but where said otherwise, batch 2' in text
+    assert 'inference, fp32 but where said otherwise, batch 2, memory returned' in text
     assert text.count('| `splitmixer_i_256_8` |') == 2
     assert 'optimized bf16' in text
+
+
+def test_memory(results, monkeypatch):
+    """ Both are kept apart; the gains of both stand in one cell."""
+    monkeypatch.setattr(speed, 'find_spec', lambda name: None)
+    models = ['--models', 'splitmixer_i_256_8', '--tasks', 'infer']
+    monkeypatch.setattr(speed.benchmark, 'keep_memory', lambda: True)
+    status, rows = results(*models, '--memory', 'returned', 'kept')
+    assert status == 0
+    assert [row['memory'] for row in rows] == ['returned'] * len(rows[::2]) + ['kept'] * len(rows[::2])
+    table = [line.split('|')[1:-1] for line in report.gains_tables().splitlines() if line.startswith('|')]
+    assert table[0][0].strip().endswith('batch 2, memory returned / kept')
+    assert [cell.strip() for cell in table[0][1:]] == ['created', 'compiled', 'optimized', 'optimized bf16']
+    by_key = {(row['memory'], row['form']): float(row['seconds']) for row in rows if row['batch_size'] == '2'}
+    expected = ' / '.join(
+        f'{by_key[memory, "plain"] / by_key[memory, "optimized"]:.1f}' for memory in ('returned', 'kept'))
+    assert table[2][3].strip() == expected
+    # where it cannot be kept, that is said
+    monkeypatch.setattr(speed.benchmark, 'keep_memory', lambda: False)
+    status, rows = results(*models, '--memory', 'kept')
+    assert status == 1
+    assert {row['error'] for row in rows if row['memory'] == 'kept' and row['form'] == 'plain'} == {
+        'the allocator of this system cannot be told to keep memory'}
 
 
 def test_training(results):
