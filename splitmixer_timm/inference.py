@@ -23,7 +23,7 @@ def _build(model: SplitMixer, dtype: torch.dtype) -> nn.Module:
 
 
 def optimize_for_inference(model: SplitMixer, *, dtype: Optional[torch.dtype] = None) -> nn.Module:
-    """ Several times faster form of a model in eval mode, with the same outputs.
+    """ Faster form of a model in eval mode, with the same outputs.
 
     On a CPU the batch goes through the blocks a few images at a time, in memory that stays in the cache, updated in
     place; nothing is compiled, and every size of image and batch is as fast from the first call on. On CUDA (NVIDIA, of
