@@ -2,10 +2,18 @@
 __version__ = '0.1.0'
 
 from . import convmixer  # noqa: E402, F401, registers the baseline
-from .fused_training import fuse_for_training  # noqa: E402
 from .hub import HubError, pull_from_hub, push_to_hub  # noqa: E402
 from .inference import optimize_for_inference  # noqa: E402
 from .splitmixer import SplitMixer, checkpoint_filter_fn  # noqa: E402
+
+
+def __getattr__(name):
+    if name == 'fuse_for_training':
+        from .fused_training import fuse_for_training  # Triton takes its time to import
+
+        return fuse_for_training
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
 
 __all__ = [
     'HubError', 'SplitMixer', 'checkpoint_filter_fn', 'fuse_for_training', 'optimize_for_inference', 'pull_from_hub',

@@ -6,7 +6,7 @@ from typing import Optional
 import torch
 from torch import nn
 
-from . import fused_cpu, fused_cuda
+from . import fused_cpu
 from .fused import Unsupported
 from .splitmixer import SplitMixer
 
@@ -18,6 +18,8 @@ def _build(model: SplitMixer, dtype: torch.dtype) -> nn.Module:
     if device.type == 'cpu':
         return fused_cpu.build(model, dtype)
     if device.type == 'cuda':
+        from . import fused_cuda  # Triton takes its time to import
+
         return fused_cuda.build(model, dtype)
     raise Unsupported(f'a model on {device}')
 

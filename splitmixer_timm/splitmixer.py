@@ -139,9 +139,10 @@ def _to_fast_format(x: torch.Tensor) -> torch.Tensor:
 def _hold_format(x: torch.Tensor) -> torch.Tensor:
     """ Features whose gradient comes in their own format: pooling's does not, and the norm of half precision would
     copy it when memory is at its peak."""
-    is_half = x.dtype in (torch.bfloat16, torch.float16)
-    if is_half and x.requires_grad and x.device.type == 'cpu' and not torch.compiler.is_compiling():
-        x.register_hook(_to_fast_format)
+    if not torch.jit.is_scripting():
+        is_half = x.dtype in (torch.bfloat16, torch.float16)
+        if is_half and x.requires_grad and x.device.type == 'cpu' and not torch.compiler.is_compiling():
+            x.register_hook(_to_fast_format)
     return x
 
 

@@ -15,11 +15,10 @@ SPLITMIXERS = timm.list_models(module='splitmixer')
 BASELINES = ['convmixer_256_8', 'convmixer_256_8_ks7_p7']
 
 
-workers = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1))
-if workers > 1:
-    # the processes share the cores, those that tests start as well
-    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
-    os.environ['OMP_NUM_THREADS'] = str(torch.get_num_threads())
+@pytest.fixture(autouse=True)
+def _allocator(monkeypatch):
+    """ What the benchmarks ask of the allocator would stay for all tests of this process."""
+    monkeypatch.setattr('splitmixer_timm.benchmark.keep_memory', lambda: True)
 
 
 @pytest.fixture(autouse=True)

@@ -391,6 +391,23 @@ class TestResume:
             assert next(csv.reader(f)) == list(benchmark.COLUMNS)
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='not glibc')
+def test_keep_memory():
+    """ What is freed is not fetched from the system again."""
+    code = (
+        'import resource, torch\n'
+        'from splitmixer_timm.benchmark import keep_memory\n'
+        'def faults():\n'
+        '    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n'
+        '    for _ in range(4): torch.ones(2**24)\n'
+        '    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n'
+        'print(faults(), keep_memory(), faults(), faults())')
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    returned, done, _, kept = done.stdout.split()
+    assert done == 'True'
+    assert int(kept) < int(returned) / 10
+
+
 class TestNvml:
     """ What NVML says, by a stand-in for its module."""
 

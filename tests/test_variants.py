@@ -153,5 +153,5 @@ def test_import_takes_little_more_than_timm():
     """ Reading the manifest and building the table costs at most 50 ms beyond `import timm`."""
     code = 'import time, timm; t = time.perf_counter(); import splitmixer_timm; print(time.perf_counter() - t)'
     times = [float(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout)
-             for _ in range(3)]
+             for _ in range(5)]
     assert min(times) < 0.05
