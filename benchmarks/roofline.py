@@ -74,7 +74,7 @@ def kind_of(func: Any, args: Any) -> str:
     name = func.overloadpacket.__name__
     if name == 'convolution':
         weight, groups = args[1], args[8]
-        return 'depthwise' if groups > 1 else 'pointwise' if weight.shape[2:].numel() == 1 else 'convolution'
+        return 'pointwise' if weight.shape[2:].numel() == 1 else 'depthwise' if groups > 1 else 'convolution'
     if func.overloadpacket in FORMULAS:
         return 'product'
     return next((kind for kind, names in KINDS.items() if name in names), 'other')
