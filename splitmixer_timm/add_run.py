@@ -33,7 +33,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from . import manifest
 from .machine import device_name
-from .runs import public_args, read_args, read_summary
+from .runs import finished_epochs, public_args, read_args, read_summary
 
 ELAPSED = 'elapsed.txt'  # seconds of each part of a run that was cut off and resumed, a line each
 BUFFERS = ('running_mean', 'running_var', 'num_batches_tracked')
@@ -111,7 +111,7 @@ def validate(
 def _checked_run(run_dir: Path, arch: str) -> Dict[str, Any]:
     """ Arguments of a run, or a ValueError if it is not a finished one of that architecture."""
     run_args = read_args(run_dir)
-    epochs, planned = len(read_summary(run_dir)), planned_epochs(run_args)
+    epochs, planned = finished_epochs(read_summary(run_dir)), planned_epochs(run_args)
     if epochs != planned:
         raise ValueError(f'{run_dir} has {epochs} of {planned} epochs: train it to the end first')
     if arch != run_args['model'].partition('.')[0]:
@@ -185,7 +185,7 @@ def add_runs(
             'summary': f'runs/{name}/summary.csv',
             'curves': f'runs/{name}/curves.png',
             'checkpoint': 'last',
-            'epochs': len(rows),
+            'epochs': finished_epochs(rows),
             'seed': run_args['seed'],
             'hours': round(training_hours(run_dir), 2),
             'machine': device_name(run_args['device']),

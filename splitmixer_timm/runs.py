@@ -47,10 +47,15 @@ def public_args(run_args: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def read_summary(run_dir: Path) -> List[Dict[str, str]]:
-    """ A row of summary.csv for each epoch that the run has finished; none where it has not begun.
+    """ A row of summary.csv for each epoch that the run has finished and measured; none where it has not begun.
 
     A resumed run writes the header again, and an epoch that was cut off before its checkpoint was written as well.
     """
     path = run_dir / 'summary.csv'
     rows = csv.DictReader(path.read_text().splitlines()) if path.is_file() else []
     return list({row['epoch']: row for row in rows if row['epoch'] != 'epoch'}.values())
+
+
+def finished_epochs(rows: List[Dict[str, str]]) -> int:
+    """ Epochs up to the last row of a summary; with `val_interval` there are fewer rows."""
+    return int(rows[-1]['epoch']) + 1 if rows else 0

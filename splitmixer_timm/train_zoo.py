@@ -26,7 +26,7 @@ from tqdm import tqdm
 from . import manifest
 from .add_run import ELAPSED, add_runs, planned_epochs, read_weights
 from .cli import RECIPES_DIR
-from .runs import checkpoint_epoch, read_summary
+from .runs import checkpoint_epoch, finished_epochs, read_summary
 
 KEYS = {'recipe', 'args', 'seeds'}
 POLL_SECONDS = 2.
@@ -41,7 +41,7 @@ class Run:
 
     def done(self) -> int:
         """ Epochs that are finished."""
-        return len(read_summary(self.folder))
+        return finished_epochs(read_summary(self.folder))
 
     def is_finished(self, epochs: int) -> bool:
         """ Whether the last checkpoint is that of the last epoch: train.py logs an epoch before it saves it."""

@@ -126,6 +126,15 @@ def test_resumed_run(run):
     assert (run.weights / entry['training']['summary']).read_text() == SUMMARY.replace('1,1.2,1.0,70', '1,1.3,1.1,71')
 
 
+def test_not_every_epoch_measured(run):
+    """ With train.py's val_interval the log has only the epochs that were measured."""
+    lines = SUMMARY.splitlines(keepends=True)
+    (run.path / 'summary.csv').write_text(lines[0] + lines[2] + lines[3])
+    run.add()
+    entry = json.loads((run.weights / 'manifest.json').read_text())['models'][NAME]
+    assert entry['training']['epochs'] == 3
+
+
 def test_not_a_run(run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run.add(runs=[run.path, tmp_path])

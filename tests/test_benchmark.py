@@ -353,7 +353,7 @@ class TestResume:
 
         def exhausted(self):
             if self.params == 701_542 and len(measured) > 1:
-                raise torch.OutOfMemoryError('tried to allocate 9 GiB of /home/someone/device')
+                raise torch.OutOfMemoryError('tried to allocate 9 GiB of /opt/someone/device')
             return rate(self)
 
         monkeypatch.setattr(Subject, 'rate', exhausted)

@@ -19,7 +19,8 @@ from torchvision.transforms import RandAugment
 from splitmixer_timm import cli, manifest
 
 RECIPES = {path.stem: yaml.safe_load(path.read_text()) for path in cli.RECIPES_DIR.glob('*.yaml')}
-PAPER = [name for name in RECIPES if not name.startswith('in1k')]
+PLUS = ('cifar10_plus', 'cifar100_plus')
+PAPER = [name for name in RECIPES if not name.startswith('in1k') and name not in PLUS]
 ABLATIONS = {
     'cifar10_no_spatial_residual': {'model_kwargs': {'spatial_residual': False}},
     'cifar10_channel_residual': {'model_kwargs': {'channel_residual': True}},
@@ -32,7 +33,7 @@ ABLATIONS = {
     'cifar10_no_clipping': {'clip_grad': None},
 }
 # all that train.py has arguments for, from the record of a real run
-RUN_ARGS = yaml.safe_load(next(manifest.WEIGHTS_DIR.glob('runs/*/args.yaml')).read_text())
+RUN_ARGS = yaml.safe_load((manifest.WEIGHTS_DIR / 'runs' / 'splitmixer_i_256_8.cifar10' / 'args.yaml').read_text())
 
 
 def build(recipe):
@@ -45,7 +46,7 @@ def build(recipe):
 
 def test_names():
     assert set(RECIPES) == {'cifar10', 'cifar100', 'flowers102', 'food101', 'in1k_1536_20', 'in1k_768_32',
-                            'in1k_1024_20_ks9_p14', *ABLATIONS}
+                            'in1k_1024_20_ks9_p14', *PLUS, *ABLATIONS}
 
 
 @pytest.mark.parametrize('name', RECIPES)
@@ -71,7 +72,7 @@ class TestEvery:
         assert model.num_classes == timm.get_pretrained_cfg(args.model).num_classes
         assert sum(len(group['params']) for group in optimizer.param_groups) == len(list(model.parameters()))
         _, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=97)
-        assert epochs == (100 if name in PAPER else 300 if name == 'in1k_768_32' else 150)
+        assert epochs == (100 if name in PAPER else 300 if name in (*PLUS, 'in1k_768_32') else 150)
 
 
 @pytest.mark.parametrize('name', PAPER)
@@ -124,6 +125,23 @@ class TestPaper:
         for _ in range(5):
             out = create_transform(size, **kwargs, mean=(0., 0., 0.), std=(1., 1., 1.))(corners)
             assert max(out[0, 0, 0], out[0, 0, -1]) == 1
+
+
+@pytest.mark.parametrize('name', PLUS)
+def test_plus(name):
+    """ The paper's network; no step of the learning rate is a jump."""
+    recipe, base = RECIPES[name], RECIPES[name.removesuffix('_plus')]
+    assert {key: recipe.get(key) for key in ('model', 'model_kwargs', 'dataset')} == {
+        key: base.get(key) for key in ('model', 'model_kwargs', 'dataset')}
+    _, optimizer, args = build(recipe)
+    scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=97)
+    rates = [0.]
+    for step in range(epochs * 97):
+        scheduler.step_update(num_updates=step)
+        rates.append(optimizer.param_groups[0]['lr'])
+        assert abs(rates[-1] - rates[-2]) < 1e-3 * args.lr
+    assert max(rates) == rates[30 * 97 + 1] == args.lr
+    assert rates[-1] < 1e-4 * args.lr
 
 
 @pytest.mark.parametrize('name', ABLATIONS)

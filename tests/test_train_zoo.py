@@ -36,10 +36,15 @@ with open(ask / 'started', 'a') as f:
     print(config['experiment'], config['lr'], first, file=f)
 while (ask / 'wait-for-three').exists() and len((ask / 'started').read_text().splitlines()) < 3:
     time.sleep(0.02)
-for epoch in range(first, config['epochs'] + config['warmup_epochs']):
+last = config['epochs'] + config['warmup_epochs'] - 1
+header = True
+for epoch in range(first, last + 1):
+    if (epoch + 1) % config.get('val_interval', 1) and epoch != last:
+        continue
     with open(folder / 'summary.csv', 'a') as f:
-        if epoch == first:
+        if header:
             print('epoch,train_loss,eval_loss,eval_top1', file=f)
+            header = False
         print(f'{epoch},1.5,1.25,{50 + epoch}', file=f)
     shutil.copy(ask / f'checkpoint-{epoch}', folder / 'last.pth.tar')
     if epoch == 1 and (ask / 'hang').exists():
@@ -126,6 +131,20 @@ def test_trains_and_adds(zoo, monkeypatch):
 def test_some_of_the_queue(zoo):
     assert zoo.run('*.cifar100') == 0
     assert zoo.entries().keys() == {OTHER}
+
+
+@pytest.mark.usefixtures('validated')
+def test_not_every_epoch_measured(zoo, monkeypatch):
+    args = dict(epochs=2, warmup_epochs=1, lr_cycle_limit=1, val_interval=3)
+    queue = {NAME: dict(recipe='cifar10', args=args, seeds=[1])}
+    (zoo.path / 'queue.yaml').write_text(yaml.safe_dump(queue))
+    assert zoo.run() == 0
+    entries = zoo.entries()
+    assert entries[NAME]['training']['epochs'] == 3
+    # again: it is seen to be finished
+    monkeypatch.setattr(manifest, 'load_manifest', lambda: {'models': entries})
+    assert zoo.run() == 0
+    assert len(zoo.started()) == 1
 
 
 @pytest.mark.usefixtures('validated')
@@ -242,10 +261,11 @@ def test_the_zoos_own_queue(tmp_path):
             model.name for model in models}
     assert len(models[0].runs) == 3
     for model in models:
-        assert model.dataset == model.name.partition('.')[2]
+        tag = model.name.partition('.')[2]
+        assert model.dataset == tag.removesuffix('_plus')
         for run in model.runs:
             assert is_model(run.config['model'])
-            assert add_run.planned_epochs(run.config) == 100
+            assert add_run.planned_epochs(run.config) == (300 if tag.endswith('_plus') else 100)
 
 
 @pytest.mark.data
