@@ -145,7 +145,7 @@ def flat(kind, h, b, k=5, p=2, classes=10, alpha=2 / 3, s=2):
 
 @torch.no_grad()
 def plain_model(model):
-    """ The plain form, with its weights and in its mode, of a model that `timm.create_model` built.
+    """ The plain form, with its weights, mode, device and dtype, of a model that `timm.create_model` built.
 
     timm's ConvMixer is one already and is copied.
     """
@@ -165,4 +165,4 @@ def plain_model(model):
     weights = model.state_dict()
     for name, tensor in checkpoint_filter_fn(plain.state_dict(), model).items():
         tensor.copy_(weights[name])  # both are the plain model's own memory
-    return plain.train(model.training)
+    return plain.to(model.stem[0].weight).train(model.training)

@@ -144,10 +144,11 @@ def record(step: Any, device: torch.device) -> List[Operation]:
 def measure_ceilings(device: torch.device, dtype: Optional[torch.dtype], repeats: int = 10) -> Dict[str, float]:
     """ Bytes a second of a large copy, operations a second of a large matrix product, each the best of some repeats."""
     is_cpu = device.type == 'cpu'
-    source = torch.ones(2**26 if is_cpu else 2**28, device=device)
+    # random: of equal numbers a GPU multiplies more a second, as they take less of its power
+    source = torch.randn(2**26 if is_cpu else 2**28, device=device)
     target = torch.empty_like(source)
     size = 2048 if is_cpu else 8192
-    a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     copy = min(seconds(lambda: target.copy_(source), device) for _ in range(repeats + 1))
     product = min(seconds(lambda: a @ b, device) for _ in range(repeats + 1))
     return dict(copy=2 * source.nbytes / copy, operations=2 * size**3 / product)

@@ -4,12 +4,14 @@
     python benchmarks/speed.py --help
 
 `plain` is benchmarks/plain.py, `created` the registered model, `compiled` that by torch.compile, `optimized` by
-`optimize_for_inference`; ONNX Runtime and OpenVINO (extra `export`) run the plain model's graph. All have the same
-weights and images, take turns in one process, in turns of at least a tenth of a second, and the median counts. Each
-model and task has a process of its own. On a CPU the memory that torch frees is `returned` to the system, as glibc does
-by itself, or `kept`, as under jemalloc: a form that needs less memory gains more by the first.
+`optimize_for_inference`, on CUDA `fused` by `fuse_for_training`; ONNX Runtime and OpenVINO (extra `export`) run the
+plain model's graph. All have the same weights and images, take turns in one process, in turns of at least a tenth of a
+second, and the median counts. Each model and task has a process of its own. On a CPU the memory that torch frees is
+`returned` to the system, as glibc does by itself, or `kept`, as under jemalloc: a form that needs less memory gains
+more by the first.
 """
 import argparse
+import copy
 import datetime
 import io
 import statistics
@@ -32,14 +34,15 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from splitmixer_timm import SplitMixer, benchmark, optimize_for_inference
+from splitmixer_timm import SplitMixer, benchmark, fuse_for_training, optimize_for_inference
 from splitmixer_timm.benchmark import VERSIONS, Results, Settings, build_model, make_images, seconds
 
 MODELS = [f'{name}_256_8_ks7_p7' for name in (
     'splitmixer_i', 'splitmixer_ii', 'splitmixer_iii', 'splitmixer_iv', 'convmixer')]
 INFERENCE = (
-    'plain', 'created', 'compiled', 'optimized', 'optimized bf16', 'ONNX Runtime', 'OpenVINO', 'OpenVINO bf16')
-TRAINING = ('plain', 'created', 'compiled')
+    'plain', 'plain bf16', 'created', 'compiled', 'optimized', 'optimized bf16', 'ONNX Runtime', 'OpenVINO',
+    'OpenVINO bf16')
+TRAINING = ('plain', 'created', 'compiled', 'fused')
 PACKAGES = ('onnxruntime', 'openvino')
 TURN = 0.1  # seconds
 
@@ -101,6 +104,9 @@ def inference_forms(
     """ Name and maker of every form that this model, device and environment have."""
     plain = plain_model(model)
     yield 'plain', lambda: plain
+    if images.is_cuda:
+        half = copy.deepcopy(plain).bfloat16()
+        yield 'plain bf16', lambda: lambda x: half(x.bfloat16())
     if isinstance(model, SplitMixer):
         yield 'created', lambda: model
     yield 'compiled', lambda: torch.compile(model, dynamic=False)
@@ -121,6 +127,8 @@ def training_forms(model: nn.Module) -> Iterator[Tuple[str, Callable[[], nn.Modu
     if isinstance(model, SplitMixer):
         yield 'created', lambda: model
     yield 'compiled', lambda: torch.compile(model, dynamic=False)
+    if isinstance(model, SplitMixer) and next(model.parameters()).is_cuda:
+        yield 'fused', lambda: fuse_for_training(copy.deepcopy(model))
 
 
 def peak_memory(work: Callable[[], Any], device: torch.device) -> int:
@@ -138,6 +146,11 @@ def peak_memory(work: Callable[[], Any], device: torch.device) -> int:
             held += event.nbytes()
             most = max(most, held)
     return most
+
+
+def several(step: Callable[[], Any], calls: int) -> None:
+    for _ in range(calls):
+        step()
 
 
 def measure(name: str, task: Task, memory: str, device: str, turns: int, threads: int) -> List[Dict[str, str]]:
@@ -161,7 +174,7 @@ def measure(name: str, task: Task, memory: str, device: str, turns: int, threads
             try:
                 run = make()
                 if training:
-                    optimizer = create_optimizer_v2(model if form != 'plain' else run, opt='sgd', lr=1e-4)
+                    optimizer = create_optimizer_v2(run, opt='sgd', lr=1e-4)
                     step = partial(benchmark.train_step, run, optimizer, images, settings)
                 else:
                     step = partial(run, images)
@@ -171,22 +184,19 @@ def measure(name: str, task: Task, memory: str, device: str, turns: int, threads
                 for _ in range(3):
                     step()
                 if form not in ('ONNX Runtime', 'OpenVINO', 'OpenVINO bf16'):
-                    row['peak_memory_mib'] = f'{peak_memory(step, images.device) / 2**20:.1f}'
-                work[form] = step
+                    # what a CUDA graph needs was taken at its capture: the same kernels without one show it
+                    once = partial(run._forward, images) if hasattr(run, '_forward') else step
+                    row['peak_memory_mib'] = f'{peak_memory(once, images.device) / 2**20:.1f}'
+                calls = max(1, round(TURN / seconds(step, images.device)))
+                work[form] = partial(several, step, calls), calls, []
             except Exception as e:
                 row['error'] = benchmark.describe_error(e)
-        samples: Dict[str, List[float]] = {form: [] for form in work}
-        calls = {form: max(1, round(TURN / seconds(step, images.device))) for form, step in work.items()}
         for _ in range(turns):
-            for form, step in work.items():
-                def several(step=step, count=calls[form]):
-                    for _ in range(count):
-                        step()
-
-                samples[form].append(seconds(several, images.device) / calls[form])
+            for turn, calls, samples in work.values():
+                samples.append(seconds(turn, images.device) / calls)
     for row in rows:
-        times = samples.get(row['form'])
-        if times:
+        if row['form'] in work:
+            times = work[row['form']][2]
             row.update(
                 seconds=f'{statistics.median(times):.6g}', fastest=f'{min(times):.6g}', slowest=f'{max(times):.6g}',
                 turns=str(turns))
@@ -243,7 +253,10 @@ def main(argv: Optional[List[str]] = None) -> int:
     for name, task, memory in tqdm(turns, unit='task', disable=None):
         # one process each: what the memory allocator makes of it is not what another left behind
         with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool:
-            rows = pool.submit(measure, name, task, memory, str(device), args.turns, args.threads).result()
+            try:
+                rows = pool.submit(measure, name, task, memory, str(device), args.turns, args.threads).result()
+            except Exception as e:  # an error of the GPU's takes the whole process with it
+                rows = [dict(form='plain', error=benchmark.describe_error(e))]
         for row in rows:
             failures += 'error' in row
             results.put({

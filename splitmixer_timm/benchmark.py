@@ -330,6 +330,9 @@ class Subject:
         self.device = images.device
         self.warm_up_batches = 0
         self.is_stable: Optional[bool] = None
+        if self.device.type == 'cuda':
+            # takes the workspace of cuBLAS, which stays, and belongs to no model
+            nn.functional.linear(*(torch.ones(8, 8, device=self.device, dtype=images.dtype) for _ in range(2)))
         allocated = self._allocated()
         training = settings.mode == 'train'
         model = build_model(row, settings.img_size)

@@ -1,4 +1,5 @@
 """ A SplitMixer for inference on CUDA: Triton kernels, and a CUDA graph around them."""
+import threading
 from collections import OrderedDict
 from typing import Any, Dict, Tuple
 
@@ -16,6 +17,8 @@ except ImportError:  # torch for another platform comes without Triton
 __all__ = ['FusedSplitMixer', 'build']
 
 MAX_GRAPHS = 8
+
+_capturing = threading.Lock()  # what measures kernels at their first launch is not made for several threads
 
 
 def _stack(*rows: torch.Tensor) -> torch.Tensor:
@@ -84,8 +87,9 @@ class FusedSplitMixer(FusedModel):
     """ A `SplitMixer` in eval mode as Triton kernels; `build` makes it.
 
     `forward` is captured in a CUDA graph at the first call with new sizes of images, and replayed after it; the last
-    `MAX_GRAPHS` are kept. The graphs share their memory: calls must not overlap on several streams. Within the capture
-    of another graph, and by `forward_features` alone, the kernels are launched one by one.
+    `MAX_GRAPHS` are kept. The graphs share their memory: threads take turns, and calls must not overlap on several
+    streams. Within the capture of another graph, in a replica of `nn.DataParallel`, and by `forward_features` alone,
+    the kernels are launched one by one.
 
     Args:
         model: The model.
@@ -107,9 +111,14 @@ class FusedSplitMixer(FusedModel):
             if not isinstance(block.channel_mixing, nn.Identity):
                 mixing.append(FusedChannelMixing(block, dtype, precision))
         self.blocks = nn.Sequential(*mixing)
+        self._forget_graphs()
+        self.eval()
+
+    def _forget_graphs(self) -> None:
         self._graphs: OrderedDict = OrderedDict()
         self._pool = None
-        self.eval()
+        self._stream = None
+        self._replaying = threading.Lock()
 
     def _apply(self, fn, recurse: bool = True):
         device = self.stem.params.device
@@ -118,12 +127,16 @@ class FusedSplitMixer(FusedModel):
             raise RuntimeError(
                 f'{type(self).__name__} keeps the kind of device and the dtype it was made for, {device.type} and '
                 f'{self.dtype}: make another from the model.')
-        self._graphs.clear()
-        self._pool = None
+        self._forget_graphs()
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> Dict[str, Any]:
-        return {**self.__dict__, '_graphs': OrderedDict(), '_pool': None}
+        graphs = ('_graphs', '_pool', '_stream', '_replaying')
+        return {name: value for name, value in self.__dict__.items() if name not in graphs}
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget_graphs()
 
     @torch.no_grad()
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
@@ -133,32 +146,41 @@ class FusedSplitMixer(FusedModel):
             x = self.blocks(self.stem(x))
         return x.permute(0, 3, 1, 2)
 
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        features = self.forward_features(x)
+        with torch.autocast(features.device.type, enabled=False):
+            return self.forward_head(features)
+
+    # a tensor of inference mode could not be filled outside of it
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _capture(self, x: torch.Tensor) -> Tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
         """ Graph of `forward` for images like `x`, with its input and its output."""
         static_x = x.detach().clone(memory_format=torch.contiguous_format)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.forward_head(self.forward_features(static_x))  # compiles, measures, allocates workspaces
-        torch.cuda.current_stream().wait_stream(stream)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+            self._stream = torch.cuda.Stream()  # one for all: each has a workspace, and torch's own is of one device
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._forward(static_x)  # compiles, measures, allocates workspaces
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         # thread_local: what a data loader's thread does meanwhile is not part of it, and no error
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode='thread_local'):
-            y = self.forward_head(self.forward_features(static_x))
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode='thread_local'):
+            y = self._forward(static_x)
         return graph, static_x, y
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not x.is_cuda or torch.cuda.is_current_stream_capturing():
-            return self.forward_head(self.forward_features(x))
+        if not x.is_cuda or torch.cuda.is_current_stream_capturing() or getattr(self, '_is_replica', False):
+            return self._forward(x)
         key = (x.shape, x.dtype, x.device)
-        with torch.cuda.device_of(x):
+        with self._replaying, torch.cuda.device_of(x):
             if key not in self._graphs:
                 if len(self._graphs) == MAX_GRAPHS:
                     self._graphs.popitem(last=False)
-                self._graphs[key] = self._capture(x)
+                with _capturing:
+                    self._graphs[key] = self._capture(x)
             self._graphs.move_to_end(key)
             graph, static_x, y = self._graphs[key]
             static_x.copy_(x)

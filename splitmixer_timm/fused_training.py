@@ -28,7 +28,7 @@ class _Launch:
         self.channels = x.shape[-1]
         self.count = x.numel() // self.channels
         self.options = dict(dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        self.common = dict(ACT=act, ACC=kernels._accumulator(x.dtype))
+        self.common = dict(ACT=kernels._act(act, x.dtype), ACC=kernels._accumulator(x.dtype))
 
     def empty(self, *rows: int) -> torch.Tensor:
         return torch.empty(*rows, self.channels, **self.options)
@@ -55,10 +55,14 @@ class _Launch:
             params: Optional[torch.Tensor] = None,
     ) -> Optional[torch.Tensor]:
         """ Launch a step of the pointwise kernel; its sums (places, 1 or 2, C) if it has any."""
-        blocks = training_kernels.POINTWISE
-        places = triton.cdiv(self.count, blocks['BM'] * blocks['TILES'])
+        blocks = dict(training_kernels.POINTWISE)
+        columns = triton.cdiv(self.channels, blocks['BC'])
+        rows = triton.cdiv(self.count, blocks['BM'])
+        while blocks['TILES'] > 1 and triton.cdiv(rows, blocks['TILES']) * columns < training_kernels.PROGRAMS:
+            blocks['TILES'] //= 2
+        places = triton.cdiv(rows, blocks['TILES'])
         sums = None if step == 'norm' else self.empty(places, 1 if step == 'grad' else 2)
-        training_kernels.pointwise_kernel[(places * triton.cdiv(self.channels, blocks['BC']),)](
+        training_kernels.pointwise_kernel[(places * columns,)](
             u, other, out, params, sums, self.count, self.channels, STEP=step, **self.common, **blocks, num_warps=4,
             num_stages=1, enable_fp_fusion=True)
         return sums
@@ -74,13 +78,12 @@ class _Launch:
         """ Fill in the affine that a norm is for this batch, update its running statistics; mean and 1 / deviation."""
         if self.count == 1:
             raise ValueError(f'Expected more than 1 value per channel when training, got features {tuple(self.shape)}.')
-        norm.num_batches_tracked.add_(1)
-        momentum = norm.momentum if norm.momentum is not None else 1 / float(norm.num_batches_tracked)
+        momentum = norm.momentum if norm.momentum is not None else 1 / (float(norm.num_batches_tracked) + 1)
         moments = self.empty(2)
         blocks = training_kernels.NORM
         training_kernels.norm_kernel[(triton.cdiv(self.channels, blocks['BC']),)](
-            sums, weight, bias, norm.running_mean, norm.running_var, affine, moments, len(sums), self.count,
-            self.channels, momentum, norm.eps, **blocks, enable_fp_fusion=True)
+            sums, weight, bias, norm.running_mean, norm.running_var, norm.num_batches_tracked, affine, moments,
+            len(sums), self.count, self.channels, momentum, norm.eps, **blocks, num_warps=8, enable_fp_fusion=True)
         return moments
 
     def norm_grad(
@@ -97,7 +100,7 @@ class _Launch:
         blocks = training_kernels.NORM
         training_kernels.norm_grad_kernel[(triton.cdiv(self.channels, blocks['BC']),)](
             sums, weight, moments, weight_grad, bias_grad, coefficients, len(sums), self.count, self.channels,
-            ROW=row, ROWS=sums.shape[1], **blocks, enable_fp_fusion=True)
+            ROW=row, ROWS=sums.shape[1], **blocks, num_warps=8, enable_fp_fusion=True)
         return weight_grad, bias_grad, coefficients
 
 
@@ -139,11 +142,10 @@ class SpatialMixing(Function):
         K = conv1.shape[-1]
         launch = _Launch(x, act)
         # as `kernels.spatial_mixing` has them, the norms' rows follow
-        params = launch.empty(2 * K + 6)
-        params[:K] = conv1.flatten(1).T
-        params[K] = bias1
-        params[K + 3:2 * K + 3] = conv2.flatten(1).T
-        params[2 * K + 3] = bias2
+        rows = launch.empty(2)
+        params = torch.cat([
+            row.to(rows.dtype) for row in (conv1.flatten(1).T, bias1[None], rows, conv2.flatten(1).T, bias2[None], rows)
+        ])
         sums = launch.spatial(training_kernels.row_sums_kernel, 2, K, x, params, **launch.common)
         moments1 = launch.norm(sums, mixing.norm1, weight1, shift1, params[K + 1:K + 3])
         u = torch.empty_like(x)

@@ -53,7 +53,7 @@ def _activate(x, ACT: tl.constexpr):
         p = p * s + 0.399105375
         x = x * (p * t + 0.5)
     elif ACT == 'relu':
-        x = tl.maximum(x, 0)
+        x = tl.where(x < 0, 0., x).to(x.dtype)  # keeps NaN, which on a GPU tl.maximum does not
     return x
 
 

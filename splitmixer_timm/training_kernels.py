@@ -23,18 +23,20 @@ __all__ = []
 
 # Rows, columns and channels of a program of the spatial kernels, and how many channels a thread takes at once.
 SPATIAL = dict(BH=4, BW=8, BC=16, VEC=2) if INTERPRETED else dict(BH=16, BW=8, BC=64, VEC=2)
-# Positions and channels of a tile of the pointwise kernels, and tiles of a program.
+# Positions and channels of a tile of the pointwise kernels, and tiles of a program at most.
 POINTWISE = dict(BM=16, BC=16, TILES=2) if INTERPRETED else dict(BM=16, BC=128, TILES=16)
 # Places and channels of a tile of the kernels that add the sums up.
-NORM = dict(BP=4, BC=16) if INTERPRETED else dict(BP=64, BC=16)
+NORM = dict(BP=4, BC=16) if INTERPRETED else dict(BP=256, BC=16)
+# Programs of a pointwise kernel that keep a large GPU busy; where there are fewer, each takes fewer tiles.
+PROGRAMS = 1 if INTERPRETED else 1024
 
 
 @triton.jit
 def _activate_grad(x, ACT: tl.constexpr):
-    if ACT == 'gelu':
-        grad = 0.5 * (1 + tl.math.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    else:
+    if ACT == 'relu':
         grad = tl.where(x > 0, 1., 0.).to(x.dtype)
+    else:
+        grad = 0.5 * (1 + tl.math.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
     return grad
 
 
@@ -220,15 +222,18 @@ def _add_up(sums_ptr, row, ROWS, places, c, C, BP: tl.constexpr, BC: tl.constexp
 
 @triton.jit
 def norm_kernel(
-        sums_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, affine_ptr, moments_ptr, places, count, C, momentum, eps,
-        BP: tl.constexpr, BC: tl.constexpr,
+        sums_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, batches_ptr, affine_ptr, moments_ptr, places, count, C,
+        momentum, eps, BP: tl.constexpr, BC: tl.constexpr,
 ):
     """ From the sums of values and squares to a norm's scale and shift, its mean and 1 / deviation, and its running
     statistics."""
+    if tl.program_id(0) == 0:
+        tl.store(batches_ptr, tl.load(batches_ptr) + 1)
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     mask = c < C
     mean = _add_up(sums_ptr, 0, 2, places, c, C, BP, BC) / count
-    var = tl.maximum(_add_up(sums_ptr, 1, 2, places, c, C, BP, BC) / count - mean * mean, 0.)
+    var = _add_up(sums_ptr, 1, 2, places, c, C, BP, BC) / count - mean * mean
+    var = tl.where(var < 0, 0., var)  # keeps NaN, which on a GPU tl.maximum does not
     rstd = 1. / tl.sqrt(var + eps)
     scale = rstd * tl.load(weight_ptr + c, mask, other=0).to(tl.float64)
     shift = tl.load(bias_ptr + c, mask, other=0).to(tl.float64) - mean * scale

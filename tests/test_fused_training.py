@@ -9,7 +9,7 @@ from torch import nn
 from torch.autograd import gradcheck
 from triton_device import DEVICE, TOLERANCE, compile_kernel, cuda, not_interpreted, run_interpreted, runs_kernels
 
-from splitmixer_timm import SplitMixer, optimize_for_inference
+from splitmixer_timm import SplitMixer, optimize_for_inference, training_kernels
 from splitmixer_timm.fused import Unsupported
 from splitmixer_timm.fused_training import ActNorm, FusedBlock, FusedStem, SpatialMixing, fuse_for_training
 
@@ -71,9 +71,12 @@ def test_gradients_of_spatial_mixing(act, kernel_size, residual):
 
 @runs_kernels
 @pytest.mark.parametrize('act', ['gelu', 'relu'])
-def test_gradients_of_act_norm(act):
+@pytest.mark.parametrize('programs', [1, 1000])
+def test_gradients_of_act_norm(act, programs, monkeypatch):
+    """ With few programs of several tiles, and with many of one."""
+    monkeypatch.setattr(training_kernels, 'PROGRAMS', programs)
     options = dict(dtype=torch.float64, device=DEVICE)
-    u = torch.randn(1, 2, 2, 3, **options, requires_grad=True)
+    u = torch.randn(1, 5, 4, 3, **options, requires_grad=True)
     params = [torch.randn(3, **options, requires_grad=True) for _ in range(2)]
     assert gradcheck(lambda *args: ActNorm.apply(*args, nn.BatchNorm2d(3, **options), act), (u, *params))
 
@@ -216,7 +219,8 @@ def test_compilation():
         'grad': ()}
     for capability, name, kernel_size, act in (
             (80, 'bf16', 9, 'gelu'), (90, 'fp16', 5, 'gelu'), (90, 'fp32', 7, 'relu')):
-        pointers = {**dict.fromkeys(features, f'*{name}'), **dict.fromkeys(others, '*fp32')}
+        pointers = {**dict.fromkeys(features, f'*{name}'), **dict.fromkeys(others, '*fp32'), 'batches_ptr': '*i64'}
+        act = 'gelu_half' if act == 'gelu' and name != 'fp32' else act
         common = dict(ACT=act, ACC=kernels._accumulator(torch.float32), K=kernel_size, ALIGN=4, RESIDUAL=True)
         spatial = {**common, **training_kernels.SPATIAL}
         uses = [
@@ -233,7 +237,8 @@ def test_compilation():
                  for step, names in without.items()]
         for kernel, constants in uses:
             arguments = dict(pointers, momentum='fp32', eps='fp32')
-            shared, stack = compile_kernel(kernel, arguments, constants, pointers, capability, 4, 1)
+            warps = 8 if 'BP' in constants else 4
+            shared, stack = compile_kernel(kernel, arguments, constants, pointers, capability, warps, 1)
             assert shared <= 48 * 1024
             assert stack <= 16
 

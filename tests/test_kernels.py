@@ -1,6 +1,7 @@
 """ The fused form for inference on CUDA, and its Triton kernels."""
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -152,6 +153,30 @@ def test_copies():
 
 
 @runs_kernels
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('act', ['gelu', 'relu'])
+def test_nan(act, dtype):
+    """ What is wrong with the images of one is seen in its logits, and not in those of the other."""
+    x = torch.randn(2, 3, 9, 9, device=DEVICE)
+    x[1, 0, 4, 4] = torch.nan
+    logits = fused_cuda.build(_model(act_layer=act), dtype)(x)
+    assert logits[0].isfinite().all()
+    assert logits[1].isnan().all()
+
+
+@runs_kernels
+def test_autocast():
+    """ Logits are of the form's own dtype, whatever surrounds it."""
+    fused = fused_cuda.build(_model(), torch.float32)
+    x = torch.randn(1, 3, 6, 7, device=DEVICE)
+    for enabled in (True, False):  # on a GPU the first call captures
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=enabled):
+            logits = fused(x)
+        assert logits.dtype == torch.float32
+    assert torch.equal(logits, fused.forward_head(fused.forward_features(x)))
+
+
+@runs_kernels
 @pytest.mark.parametrize(('kwargs', 'dtype', 'reason'), [
     (dict(spatial_mixing='2d'), torch.float32, "spatial_mixing='2d'"),
     (dict(norm_layer='layernorm2d'), torch.float32, 'norm LayerNorm2d'),
@@ -200,6 +225,34 @@ def test_graphs_on_gpu(dtype):
             assert torch.equal(y, fused.forward_head(fused.forward_features(x)))
     assert len(fused._graphs) == fused_cuda.MAX_GRAPHS
     assert not fused.to('cuda')._graphs
+
+
+@pytest.mark.parametrize('size', [pytest.param(12, marks=cuda)])
+def test_grad_modes_on_gpu(size):
+    """ Captured in any mode, a graph serves in all."""
+    x = torch.randn(1, 3, size, size, device='cuda', requires_grad=True)
+    for modes in ((torch.inference_mode, torch.no_grad, torch.enable_grad), (torch.enable_grad, torch.inference_mode)):
+        fused = fused_cuda.build(_model(), torch.float32)
+        logits = []
+        for mode in modes:
+            with mode():
+                logits.append(fused(x).clone())
+        assert len(fused._graphs) == 1
+        assert all(torch.equal(y, logits[0]) for y in logits)
+
+
+@pytest.mark.parametrize('threads', [pytest.param(4, marks=cuda)])
+def test_threads_on_gpu(threads):
+    """ Each gets the logits of its own images."""
+    fused = fused_cuda.build(_model(), torch.float32)
+    images = torch.randn(threads, 2, 3, 12, 12, device='cuda')
+    expected = [fused.forward_head(fused.forward_features(x)) for x in images]
+
+    def call(n):
+        return all(torch.allclose(fused(images[n]), expected[n], rtol=1e-5, atol=1e-5) for _ in range(50))
+
+    with ThreadPoolExecutor(threads) as pool:
+        assert all(pool.map(call, range(threads)))
 
 
 def _compilations():

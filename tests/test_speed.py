@@ -72,6 +72,12 @@ def test_plain_model(name):
         torch.testing.assert_close(plain(images), model(images), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize('name', ['splitmixer_i_256_8', 'splitmixer_3d_256_8', 'convmixer_256_8'])
+def test_plain_model_is_of_the_models_type(name):
+    plain = plain_model(timm.create_model(name).bfloat16())
+    assert {p.dtype for p in plain.parameters()} == {torch.bfloat16}
+
+
 def test_plain_model_with_arguments():
     for kwargs in (dict(overlap_ratio='6/11'), dict(channel_mixing='iv', num_segments=5),
                    dict(channel_mixing='3d', channel_kernel_size=16, channel_stride=8)):
@@ -105,7 +111,8 @@ def test_inference(results, monkeypatch):
     status, rows = results('--models', 'splitmixer_i_256_8', '--tasks', 'infer')
     assert status == 0
     onnx = find_spec('onnxscript') and find_spec('onnxruntime')
-    forms = [form for form in speed.INFERENCE if form not in (('OpenVINO', 'OpenVINO bf16') if onnx else OTHERS)]
+    absent = ('plain bf16', *(('OpenVINO', 'OpenVINO bf16') if onnx else OTHERS))
+    forms = [form for form in speed.INFERENCE if form not in absent]
     assert [(row['batch_size'], row['form']) for row in rows] == [(size, form) for size in '21' for form in forms]
     for row in rows:
         assert float(row['difference']) < (0.05 if 'bf16' in row['form'] else 1e-4)
@@ -159,12 +166,23 @@ def test_memory(results, monkeypatch):
 def test_training(results):
     status, rows = results('--models', 'splitmixer_ii_256_8', 'convmixer_256_8', '--tasks', 'train')
     assert status == 0
-    forms = [('splitmixer_ii_256_8', form) for form in speed.TRAINING] + [
+    forms = [('splitmixer_ii_256_8', form) for form in speed.TRAINING if form != 'fused'] + [
         ('convmixer_256_8', form) for form in ('plain', 'compiled')]
     assert [(row['model'], row['form']) for row in rows if row['precision'] == 'fp32'] == forms
     assert {row['precision'] for row in rows} == {'fp32', 'bf16'}
     assert all(float(row['peak_memory_mib']) > 1 for row in rows)
     assert 'of its memory' in report.forms_tables()
+
+
+def test_a_process_that_dies_is_recorded(results, monkeypatch):
+    def die(*args):
+        raise RuntimeError('CUDA error: an illegal memory access was encountered')
+
+    monkeypatch.setattr(speed, 'measure', die)
+    status, rows = results('--models', 'splitmixer_i_256_8', 'splitmixer_ii_256_8', '--tasks', 'infer')
+    assert status == 1
+    assert [row['model'] for row in rows] == ['splitmixer_i_256_8'] * 2 + ['splitmixer_ii_256_8'] * 2
+    assert {row['error'] for row in rows} == {'RuntimeError: CUDA error: an illegal memory access was encountered'}
 
 
 def test_a_form_that_fails_is_recorded(results, monkeypatch):
