@@ -65,6 +65,11 @@ def read_weights(run_dir: Path) -> Dict[str, torch.Tensor]:
     return {k: v.contiguous() for k, v in load_state_dict(str(run_dir / 'last.pth.tar')).items()}
 
 
+def count_images(folder: Path) -> int:
+    """ Files of a split in image folders; 0 where it is not there."""
+    return sum(1 for file in folder.rglob('*') if file.is_file())
+
+
 def plot_curves(rows: List[Dict[str, str]], title: str) -> bytes:
     """ Picture (PNG) of a run: loss and test accuracy by epoch."""
     epochs = [int(row['epoch']) + 1 for row in rows]
@@ -176,7 +181,7 @@ def add_runs(
         'metrics': {
             'top1': results[0]['top1'],
             'top5': results[0]['top5'],
-            'images': sum(1 for f in (data_dir / split).rglob('*') if f.is_file()),
+            'images': count_images(data_dir / split),
             'measured_by': f"timm's validate.py on the official test set, fp32, {device}",
         },
         'training': {
@@ -195,6 +200,8 @@ def add_runs(
         },
         'license': 'apache-2.0',
     }
+    if trained_on := count_images(data_dir / run_args['train_split']):
+        entry['training']['images'] = trained_on
     old = manifest.entries().get(name, {})
     if old.get('sha256') == entry['sha256']:
         entry.update({key: old[key] for key in ('hf_hub_id', 'revision', 'url') if key in old})

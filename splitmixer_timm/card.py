@@ -202,6 +202,7 @@ def model_card(
     lines += ['', '## Training', '']
     facts = [
         ('Recipe', training.get('recipe')),
+        ('Images', f'{training["images"]:,}' if 'images' in training else None),
         ('Epochs', training.get('epochs')),
         ('Seed', training.get('seed')),
         ('Time', f'{training["hours"]} hours on {training["machine"]}' if 'hours' in training else None),

@@ -1,4 +1,5 @@
 """ The manifest's figures, measured again on the real test sets. """
+import shutil
 import subprocess
 import sys
 
@@ -58,9 +59,12 @@ class TestVerifyData:
     """ `splitmixer-timm verify --data`."""
 
     @pytest.fixture
-    def metrics(self, monkeypatch):
-        """ The manifest with the first weights alone, whose figures can be set."""
+    def metrics(self, tmp_path_factory, monkeypatch):
+        """ The zoo with the first weights alone, whose figures can be set."""
         entry = {**manifest.entries()[NAME], 'metrics': {}}
+        zoo = tmp_path_factory.mktemp('weights')
+        shutil.copy(manifest.WEIGHTS_DIR / entry['file'], zoo)
+        monkeypatch.setattr(manifest, 'WEIGHTS_DIR', zoo)
         monkeypatch.setattr(manifest, 'load_manifest', lambda: {'models': {NAME: entry}})
         return entry['metrics']
 

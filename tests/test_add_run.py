@@ -93,6 +93,15 @@ def test_adds(run, monkeypatch):
     assert not list(run.weights.rglob('.*.tmp'))
 
 
+def test_training_images_are_counted(run, tmp_path):
+    for name in ('cat', 'dog'):
+        image = tmp_path / 'data' / 'train' / name / '0.png'
+        image.parent.mkdir(parents=True)
+        image.touch()
+    run.add()
+    assert json.loads((run.weights / 'manifest.json').read_text())['models'][NAME]['training']['images'] == 2
+
+
 def test_seeds(run, tmp_path):
     """ The first run is published, the accuracy of all is reported."""
     other = tmp_path / 'other'

@@ -19,6 +19,7 @@ from timm.data import create_transform, resolve_model_data_config
 from timm.models import get_pretrained_cfg
 
 from splitmixer_timm import manifest, splitmixer
+from splitmixer_timm.runs import finished_epochs, read_summary
 
 NAME = 'splitmixer_i_256_8.cifar10'
 ENTRIES = sorted(manifest.entries())
@@ -55,8 +56,8 @@ class TestManifest:
         assert args['model'].partition('.')[0] == name.partition('.')[0]
         assert args['seed'] == training['seed']
         assert not [v for v in args.values() if isinstance(v, str) and v.startswith(('/', '~', '..'))]
-        summary = (manifest.WEIGHTS_DIR / training['summary']).read_text().splitlines()
-        assert len(summary) == training['epochs'] + 1
+        rows = read_summary((manifest.WEIGHTS_DIR / training['summary']).parent)
+        assert finished_epochs(rows) == training['epochs']
 
     @pytest.mark.parametrize('name', ENTRIES)
     def test_bundled_file(self, name):
