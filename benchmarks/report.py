@@ -304,7 +304,8 @@ def weights_table() -> str:
     rows = []
     for name, entry in sorted(manifest.entries().items()):
         kind = name.split('_')[1] if name.startswith('splitmixer') else 'conv'
-        paper = TOP1.get(entry['dataset'], {}).get(kind)
+        # the paper's recipe is that of the tag which is its data set; others have nothing to stand beside
+        paper = TOP1.get(name.partition('.')[2], {}).get(kind)
         model = timm.create_model(name, device='meta')
         counts = measure_complexity(model, model.pretrained_cfg['input_size'])
         metrics, training = entry['metrics'], entry['training']

@@ -16,6 +16,7 @@ import datetime
 import hashlib
 import io
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from . import manifest
 from .machine import device_name
-from .runs import finished_epochs, public_args, read_args, read_summary
+from .runs import checkpoint_epoch, finished_epochs, public_args, read_args, read_summary
 
 ELAPSED = 'elapsed.txt'  # seconds of each part of a run that was cut off and resumed, a line each
 BUFFERS = ('running_mean', 'running_var', 'num_batches_tracked')
@@ -63,6 +64,11 @@ def timm_version(scripts: Path) -> str:
 def read_weights(run_dir: Path) -> Dict[str, torch.Tensor]:
     """ Weights of a run's last checkpoint, of its EMA where it kept one."""
     return {k: v.contiguous() for k, v in load_state_dict(str(run_dir / 'last.pth.tar')).items()}
+
+
+def weights_content(state_dict: Dict[str, torch.Tensor]) -> bytes:
+    """ The zoo's file of these weights, the same bytes whenever it is made."""
+    return save(state_dict, metadata={'format': 'pt'})
 
 
 def count_images(folder: Path) -> int:
@@ -104,12 +110,14 @@ def validate(
 ) -> Dict[str, Any]:
     """ Result of timm's validate.py on the official test set."""
     results = weights.with_suffix('.json')
+    # on a GPU validate.py allows products in TF32, which is not the fp32 that the entry tells of
+    env = {**os.environ, 'NVIDIA_TF32_OVERRIDE': '0'}
     subprocess.run([
         sys.executable, '-m', 'splitmixer_timm.run', str(scripts / 'validate.py'),
         '--model', model, '--checkpoint', str(weights), '--data-dir', str(data_dir), '--split', split,
         '--device', device, '--batch-size', str(batch_size), '--workers', '1', '--no-prefetcher',
         '--results-file', str(results), '--results-format', 'json',
-    ], check=True)
+    ], check=True, env=env)
     return json.loads(results.read_text())
 
 
@@ -119,8 +127,14 @@ def _checked_run(run_dir: Path, arch: str) -> Dict[str, Any]:
     epochs, planned = finished_epochs(read_summary(run_dir)), planned_epochs(run_args)
     if epochs != planned:
         raise ValueError(f'{run_dir} has {epochs} of {planned} epochs: train it to the end first')
+    epoch = checkpoint_epoch(run_dir / 'last.pth.tar')
+    if epoch != planned - 1:
+        raise ValueError(f'{run_dir}/last.pth.tar is of epoch {epoch}, not of the last, {planned - 1}: resume the run')
     if arch != run_args['model'].partition('.')[0]:
         raise ValueError(f'{run_dir} trained {run_args["model"]}, not {arch}')
+    if run_args.get('model_kwargs'):
+        raise ValueError(
+            f'{run_dir} trained {arch} with {run_args["model_kwargs"]}: the zoo has models as they are registered')
     return run_args
 
 
@@ -152,12 +166,19 @@ def add_runs(
         The manifest entry.
 
     Raises:
-        ValueError: If a run is not finished, or is of another architecture.
+        ValueError: If a run is not finished, is of another architecture, differs from the others in more than the seed,
+            or ended in weights that are not finite.
         subprocess.CalledProcessError: If validate.py failed.
     """
     arch = name.partition('.')[0]
     all_args = [_checked_run(run_dir, arch) for run_dir in run_dirs]
     run_dir, run_args = run_dirs[0], all_args[0]
+    for other_dir, other_args in zip(run_dirs, all_args):
+        different = sorted(
+            key for key in run_args.keys() | other_args.keys()
+            if key not in ('seed', 'experiment') and run_args.get(key) != other_args.get(key))
+        if different:
+            raise ValueError(f'{other_dir} must differ from {run_dir} in the seed alone, not in {", ".join(different)}')
     rows = read_summary(run_dir)
 
     results, contents = [], []
@@ -165,7 +186,9 @@ def add_runs(
         weights = Path(folder) / f'{name}.safetensors'
         for other in run_dirs:
             state_dict = read_weights(other)
-            weights.write_bytes(save(state_dict, metadata={'format': 'pt'}))
+            if not all(value.isfinite().all() for value in state_dict.values()):
+                raise ValueError(f'{other} ended in weights that are not finite')
+            weights.write_bytes(weights_content(state_dict))
             # by the data set's own tag: a new one is registered only once the manifest has it
             results.append(
                 validate(f'{arch}.{dataset}', weights, data_dir, scripts, split, device, batch_size))
@@ -189,7 +212,7 @@ def add_runs(
             'args': f'runs/{name}/args.yaml',
             'summary': f'runs/{name}/summary.csv',
             'curves': f'runs/{name}/curves.png',
-            'checkpoint': 'last',
+            'checkpoint': 'last, EMA' if run_args.get('model_ema') else 'last',
             'epochs': finished_epochs(rows),
             'seed': run_args['seed'],
             'hours': round(training_hours(run_dir), 2),

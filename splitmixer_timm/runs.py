@@ -7,6 +7,8 @@ from typing import Any, Dict, List, Optional
 import torch
 import yaml
 
+FIRST_ARGS = 'args.first.yaml'  # the arguments of a run that was resumed, as they were when it began
+
 # what in a run's arguments is a place on the machine it ran on
 PATH_ARGS = {
     'config': '<CONFIG>', 'data': '<DATA_DIR>', 'data_dir': '<DATA_DIR>', 'output': '<OUTPUT_DIR>',
@@ -16,12 +18,14 @@ PATH_ARGS = {
 
 
 def read_args(run_dir: Path) -> Dict[str, Any]:
-    """ Arguments of a run.
+    """ Arguments of a run, those of its beginning where `train_zoo` resumed it.
 
     Raises:
         ValueError: If the folder has none that can be read.
     """
-    path = run_dir / 'args.yaml'
+    path = run_dir / FIRST_ARGS
+    if not path.is_file():
+        path = run_dir / 'args.yaml'
     if not path.is_file():
         raise ValueError(f'{run_dir} is not an output folder of train.py: it has no args.yaml')
     try:
@@ -34,7 +38,7 @@ def read_args(run_dir: Path) -> Dict[str, Any]:
 
 
 def checkpoint_epoch(checkpoint: Path) -> Optional[int]:
-    """ Epoch after which train.py wrote a checkpoint, None where it does not tell (safetensors, an average)."""
+    """ Epoch after which train.py wrote a checkpoint, from 0; None where it does not tell (safetensors, an average)."""
     if checkpoint.suffix == '.safetensors':
         return None
     with torch.serialization.safe_globals([argparse.Namespace]):

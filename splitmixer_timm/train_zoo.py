@@ -8,28 +8,39 @@ differs from it (`args`) and the seeds, the first of which is published. `DATA/c
 extra.
 """
 import argparse
+import hashlib
+import os
+import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from time import sleep
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, TextIO
 
 import torch
 import yaml
-from safetensors.torch import load_file
 from timm.models import is_model
 from tqdm import tqdm
 
 from . import manifest
-from .add_run import ELAPSED, add_runs, planned_epochs, read_weights
+from .add_run import ELAPSED, add_runs, planned_epochs, read_weights, weights_content
 from .cli import RECIPES_DIR
-from .runs import checkpoint_epoch, finished_epochs, read_summary
+from .runs import FIRST_ARGS, checkpoint_epoch, finished_epochs, read_args, read_summary
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 KEYS = {'recipe', 'args', 'seeds'}
+# what may change between the parts of a run
+LOCAL_ARGS = {'data_dir', 'output', 'device', 'workers'}
 POLL_SECONDS = 2.
+LOCK_SECONDS = 10.  # data loaders outlive by that much a train.py that was killed
 
 
 @dataclass(frozen=True)
@@ -106,25 +117,105 @@ def _read_model(path: Path, name: str, item: Any, output: Path, train_args: Dict
     return Model(name, dataset, '; '.join([item['recipe'], *(f'{k} {v}' for k, v in args.items())]), runs)
 
 
+def last_checkpoint(folder: Path) -> Optional[Path]:
+    """ The latest checkpoint of a run, as its last.pth.tar; None if it has none at all.
+
+    train.py removes the old last.pth.tar before it renames the new one: cut off between the two, or in the middle of
+    writing, another file has the latest that can be read.
+
+    Raises:
+        RuntimeError: If there are checkpoints, and none can be read.
+    """
+    last = folder / 'last.pth.tar'
+    files = [last, folder / 'tmp.pth.tar', *sorted(folder.glob('checkpoint-*.pth.tar'))]
+    readable = {}
+    for file in filter(Path.is_file, files):
+        try:
+            readable[file] = int(checkpoint_epoch(file))
+        except Exception:  # of many kinds, by where it was cut off
+            continue
+    if not readable:
+        if any(map(Path.is_file, files)):
+            raise RuntimeError(f'no checkpoint can be read: remove {folder} to begin it anew')
+        return None
+    latest = max(readable, key=readable.get)
+    if readable.get(last) != readable[latest]:
+        copy = folder / 'copy.pth.tar'
+        shutil.copy2(latest, copy)  # with its time
+        os.replace(copy, last)
+    return last
+
+
+def lock(folder: Path) -> Optional[TextIO]:
+    """ An open file that locks a run's folder, for its train.py to hold: whoever else trains there holds it too.
+
+    Raises:
+        RuntimeError: If a run that an earlier driver left behind, or another driver's, is under way there.
+    """
+    if fcntl is None:
+        return None
+    file = open(folder / 'lock', 'w')
+    for _ in range(int(LOCK_SECONDS / 0.1)):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            sleep(0.1)
+    file.close()
+    raise RuntimeError(f'another train.py is at work in {folder}')
+
+
+def check_args(run: Run) -> None:
+    """ Check that what a run's folder holds was trained with this run's arguments.
+
+    Raises:
+        ValueError: If it was not.
+    """
+    trained = read_args(run.folder)
+    different = sorted(
+        key for key, value in run.config.items() if key not in LOCAL_ARGS and key in trained and trained[key] != value)
+    if different:
+        changes = ', '.join(f'{key} {trained[key]!r}, not {run.config[key]!r}' for key in different)
+        raise ValueError(f'{run.folder} was trained with {changes}: give another --output, or remove it')
+
+
 def start(run: Run, scripts: Path) -> subprocess.Popen:
-    """ Begin a run, or go on after its last checkpoint; what it prints is kept in its folder."""
+    """ Begin a run, or go on after its last checkpoint; what it prints is kept in its folder.
+
+    Raises:
+        RuntimeError: If the folder is in use, or its checkpoints cannot be read.
+        ValueError: If the run began with other arguments.
+    """
     config = run.config
-    checkpoint = run.folder / 'last.pth.tar'
     run.folder.mkdir(parents=True, exist_ok=True)
-    if checkpoint.is_file():
-        # train.py writes args.yaml anew, and with it the time that this part began
-        # (and where it was cut off again before a checkpoint, none counts)
-        seconds = max(0., checkpoint.stat().st_mtime - (run.folder / 'args.yaml').stat().st_mtime)
-        with open(run.folder / ELAPSED, 'a', encoding='utf-8') as f:
-            f.write(f'{seconds:.0f}\n')
-        config = {**config, 'resume': str(checkpoint)}
-    else:
-        (run.folder / 'summary.csv').unlink(missing_ok=True)
-    manifest.replace_file(run.folder / 'config.yaml', yaml.safe_dump(config).encode())
-    with open(run.folder / 'train.log', 'ab') as log:
-        return subprocess.Popen(
-            [sys.executable, str(scripts / 'train.py'), '--config', str(run.folder / 'config.yaml')],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+    held = lock(run.folder)
+    try:
+        checkpoint = last_checkpoint(run.folder)
+        if checkpoint:
+            check_args(run)
+            # train.py writes args.yaml anew, and with it the time that this part began; cut off before, it adds none
+            args = run.folder / 'args.yaml'
+            finished = checkpoint.stat().st_mtime
+            with open(run.folder / ELAPSED, 'a', encoding='utf-8') as f:
+                f.write(f'{max(0., finished - args.stat().st_mtime):.0f}\n')
+            if not (run.folder / FIRST_ARGS).is_file():
+                shutil.copy2(args, run.folder / FIRST_ARGS)
+            os.utime(args, (finished, finished))
+            # with the same seed train.py would draw the same images and augmentations as in its first epochs
+            epochs = checkpoint_epoch(checkpoint) + 1
+            config = {**config, 'resume': str(checkpoint), 'seed': config['seed'] + 1000 * epochs}
+        else:
+            for name in ('summary.csv', FIRST_ARGS, ELAPSED):
+                (run.folder / name).unlink(missing_ok=True)
+        manifest.replace_file(run.folder / 'config.yaml', yaml.safe_dump(config).encode())
+        with open(run.folder / 'train.log', 'ab') as log:
+            return subprocess.Popen(
+                [sys.executable, str(scripts / 'train.py'), '--config', str(run.folder / 'config.yaml')],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                pass_fds=[held.fileno()] if held else ())
+    finally:
+        if held:
+            held.close()  # it is train.py's now
 
 
 def is_added(model: Model) -> bool:
@@ -133,12 +224,26 @@ def is_added(model: Model) -> bool:
     if entry is None or set(entry['metrics'].get('seeds', [str(entry['training']['seed'])])) != {
             str(run.config['seed']) for run in model.runs}:
         return False
-    ours, theirs = load_file(manifest.WEIGHTS_DIR / entry['file']), read_weights(model.runs[0].folder)
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    content = weights_content(read_weights(model.runs[0].folder))
+    file = manifest.WEIGHTS_DIR / entry['file']
+    return entry['sha256'] == hashlib.sha256(content).hexdigest() and file.is_file() and file.read_bytes() == content
+
+
+def add(model: Model, scripts: Path, data_dir: Path, device: str) -> Optional[Dict[str, Any]]:
+    """ Add a model whose runs are finished; its entry, None if the zoo has it already."""
+    for run in model.runs:
+        check_args(run)
+    if is_added(model):
+        return None
+    return add_runs(
+        model.name, [run.folder for run in model.runs], model.dataset, data_dir / model.dataset, scripts, model.recipe,
+        device=device)
 
 
 def train(models: List[Model], scripts: Path, data_dir: Path, device: str, jobs: int) -> List[str]:
     """ Train the models, `jobs` runs at once, and add each to the zoo when its last run is finished.
+
+    Models are measured one at a time while others train; what is being measured at the end is waited for.
 
     Returns:
         What went wrong, a line for each run or model that failed; the others are trained all the same.
@@ -148,12 +253,17 @@ def train(models: List[Model], scripts: Path, data_dir: Path, device: str, jobs:
     waiting = [run for run in runs if not run.is_finished(planned[run.folder])]
     running: Dict[Path, subprocess.Popen] = {}
     models, failures = list(models), []
+    adding: Dict[str, Future] = {}
+    executor = ThreadPoolExecutor(1)
     progress = tqdm(total=sum(planned.values()), unit='epoch', disable=None)
     try:
-        while models:
+        while models or adding:
             while waiting and len(running) < jobs:
                 run = waiting.pop(0)
-                running[run.folder] = start(run, scripts)
+                try:
+                    running[run.folder] = start(run, scripts)
+                except (OSError, RuntimeError, ValueError) as e:
+                    failures.append(f'{run.folder.name}: not started: {e}')
             for folder, process in list(running.items()):
                 if process.poll() is not None:
                     del running[folder]
@@ -167,26 +277,30 @@ def train(models: List[Model], scripts: Path, data_dir: Path, device: str, jobs:
             ended = [model for model in models if not any(run.folder in busy for run in model.runs)]
             for model in ended:
                 models.remove(model)
-                if not all(run.is_finished(planned[run.folder]) for run in model.runs):
-                    continue  # told above
+                if all(run.is_finished(planned[run.folder]) for run in model.runs):  # what is not was told above
+                    adding[model.name] = executor.submit(add, model, scripts, data_dir, device)
+            for name in [name for name, future in adding.items() if future.done()]:
                 try:
-                    if is_added(model):
-                        continue
-                    entry = add_runs(
-                        model.name, [run.folder for run in model.runs], model.dataset, data_dir / model.dataset,
-                        scripts, model.recipe, device=device)
-                    tqdm.write(f'{model.name}: top-1 {entry["metrics"]["top1"]:.2f} %')
+                    entry = adding.pop(name).result()
+                    if entry:
+                        tqdm.write(f'{name}: top-1 {entry["metrics"]["top1"]:.2f} %')
                 except Exception as e:  # the others go on, whatever a run has amiss
-                    failures.append(f'{model.name}: not added: {type(e).__name__}: {e}')
-            if models and not ended:
+                    failures.append(f'{name}: not added: {type(e).__name__}: {e}')
+            if models or adding:
                 sleep(POLL_SECONDS)
     finally:
         progress.close()
+        executor.shutdown(wait=False, cancel_futures=True)
         for process in running.values():
             process.terminate()
         for process in running.values():
             process.wait()
     return failures
+
+
+def _end(signum: int, frame: Any) -> None:
+    signal.signal(signum, signal.SIG_IGN)  # a second one would cut off the ending of the runs
+    sys.exit(128 + signum)
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -222,7 +336,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         for split in ('train', 'validation'):
             if not (args.data_dir / dataset / split).is_dir():
                 parser.error(f'--data-dir must have image folders {dataset}/{split}, {args.data_dir} has not')
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and train.py's are ended
+    signal.signal(signal.SIGTERM, _end)
     failures = train(models, args.scripts, args.data_dir, args.device, args.jobs)
     for failure in failures:
         print(f'splitmixer_timm.train_zoo: {failure}', file=sys.stderr)

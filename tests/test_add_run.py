@@ -159,6 +159,52 @@ def test_unfinished_run(run, capsys):
     assert [path.name for path in run.weights.iterdir()] == ['manifest.json']
 
 
+def test_checkpoint_of_an_earlier_epoch(run, capsys):
+    """ train.py logs an epoch before it saves it."""
+    torch.save({'epoch': 1, 'state_dict': run.state_dict}, run.path / 'last.pth.tar')
+    with pytest.raises(SystemExit):
+        run.add()
+    assert 'last.pth.tar is of epoch 1, not of the last, 2' in capsys.readouterr().err
+
+
+def test_weights_that_are_not_finite(run, capsys):
+    broken = {**run.state_dict, 'head.bias': run.state_dict['head.bias'] * torch.nan}
+    torch.save({'epoch': 2, 'state_dict': broken}, run.path / 'last.pth.tar')
+    with pytest.raises(SystemExit):
+        run.add()
+    assert 'not finite' in capsys.readouterr().err
+    assert [path.name for path in run.weights.iterdir()] == ['manifest.json']
+
+
+@pytest.mark.parametrize(('changes', 'message'), [
+    (dict(model_kwargs=dict(act_layer='relu')), "with {'act_layer': 'relu'}: the zoo has models as they are"),
+    (dict(seed=8, lr=0.5), 'in the seed alone, not in lr'),
+])
+def test_runs_that_do_not_fit(run, tmp_path, capsys, changes, message):
+    other = tmp_path / 'other'
+    shutil.copytree(run.path, other)
+    args = yaml.safe_load((other / 'args.yaml').read_text())
+    (other / 'args.yaml').write_text(yaml.safe_dump({**args, **changes}))
+    with pytest.raises(SystemExit):
+        run.add(runs=[run.path, other])
+    assert message in capsys.readouterr().err
+    assert [path.name for path in run.weights.iterdir()] == ['manifest.json']
+
+
+def test_ema_is_named(run):
+    args = yaml.safe_load((run.path / 'args.yaml').read_text())
+    (run.path / 'args.yaml').write_text(yaml.safe_dump({**args, 'model_ema': True}))
+    run.add()
+    entry = json.loads((run.weights / 'manifest.json').read_text())['models'][NAME]
+    assert entry['training']['checkpoint'] == 'last, EMA'
+
+
+def test_measured_in_fp32(run):
+    """ On a GPU validate.py would allow TF32."""
+    run.validate.write_text("import os; assert os.environ['NVIDIA_TF32_OVERRIDE'] == '0'" + run.validate.read_text())
+    run.add()
+
+
 def test_other_architecture(run, capsys):
     with pytest.raises(SystemExit):
         run.add('splitmixer_i_256_8.cifar10')

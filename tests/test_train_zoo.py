@@ -34,6 +34,8 @@ if (ask / ('fail-' + config['experiment'])).exists():
 first = 2 if config.get('resume') else 0
 with open(ask / 'started', 'a') as f:
     print(config['experiment'], config['lr'], first, file=f)
+with open(ask / 'seeds', 'a') as f:
+    print(config['seed'], file=f)
 while (ask / 'wait-for-three').exists() and len((ask / 'started').read_text().splitlines()) < 3:
     time.sleep(0.02)
 last = config['epochs'] + config['warmup_epochs'] - 1
@@ -179,6 +181,11 @@ def test_interrupted_and_resumed(zoo, monkeypatch):
     assert not zoo.entries()
     assert zoo.run(OTHER) == 0
     assert zoo.started() == [[f'{OTHER}-42', '0.01', '0'], [f'{OTHER}-42', '0.01', '2']]
+    # images and augmentations are not those of the first epochs again; what is published is the run's own seed
+    assert (zoo.path / 'seeds').read_text().split() == ['42', '2042']
+    assert zoo.entries()[OTHER]['training']['seed'] == 42
+    args = yaml.safe_load((manifest.WEIGHTS_DIR / zoo.entries()[OTHER]['training']['args']).read_text())
+    assert (args['seed'], args['resume']) == (42, '')
     assert len((zoo.path / 'runs' / f'{OTHER}-42' / add_run.ELAPSED).read_text().splitlines()) == 1
     rows = (manifest.WEIGHTS_DIR / zoo.entries()[OTHER]['training']['summary']).read_text().splitlines()
     assert [row.split(',')[0] for row in rows] == ['epoch', '0', '1', '2']
@@ -206,10 +213,68 @@ def test_cut_off_before_the_last_checkpoint(zoo, capsys):
     assert zoo.run(OTHER) == 0
     assert zoo.started()[1] == [f'{OTHER}-42', '0.01', '2']
     # and where train.py ends without an error and without its last epoch, that is told
-    (folder / 'last.pth.tar').write_bytes(b'damaged')
-    (zoo.path / 'checkpoint-2').write_bytes(b'damaged')
+    shutil.copy(zoo.path / 'checkpoint-1', folder / 'last.pth.tar')
+    shutil.copy(zoo.path / 'checkpoint-1', zoo.path / 'checkpoint-2')
     assert zoo.run(OTHER) == 1
     assert f'{OTHER}-42: train.py stopped early, see {folder / "train.log"}' in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures('validated')
+def test_cut_off_while_the_checkpoint_was_written(zoo, capsys):
+    """ train.py removes the old one before it renames the new one: the latest that can be read is gone on from."""
+    assert zoo.run(OTHER) == 0
+    folder = zoo.path / 'runs' / f'{OTHER}-42'
+    (folder / 'last.pth.tar').write_bytes(b'damaged')
+    shutil.copy(zoo.path / 'checkpoint-0', folder / 'checkpoint-0.pth.tar')
+    shutil.copy(zoo.path / 'checkpoint-1', folder / 'tmp.pth.tar')
+    before = (folder / 'tmp.pth.tar').stat().st_mtime
+    assert train_zoo.last_checkpoint(folder) == folder / 'last.pth.tar'
+    assert add_run.checkpoint_epoch(folder / 'last.pth.tar') == 1
+    assert (folder / 'last.pth.tar').stat().st_mtime == before
+    (folder / 'last.pth.tar').unlink()
+    assert zoo.run(OTHER) == 0
+    assert zoo.started()[1] == [f'{OTHER}-42', '0.01', '2']
+    for file in folder.glob('*.pth.tar'):
+        file.write_bytes(b'damaged')
+    assert zoo.run(OTHER) == 1
+    assert f'{OTHER}-42: not started: no checkpoint can be read: remove {folder}' in capsys.readouterr().err
+    assert len((folder / 'summary.csv').read_text().splitlines()) > 3
+
+
+@pytest.mark.usefixtures('validated')
+@pytest.mark.parametrize('finished', [True, False])
+def test_trained_with_other_arguments(zoo, capsys, finished):
+    """ Neither published as what the queue says now, nor gone on with."""
+    assert zoo.run(OTHER) == 0
+    folder = zoo.path / 'runs' / f'{OTHER}-42'
+    if not finished:
+        shutil.copy(zoo.path / 'checkpoint-1', folder / 'last.pth.tar')
+    queue = {OTHER: dict(recipe='cifar100', args=dict(epochs=2, warmup_epochs=1, lr_cycle_limit=1, lr=0.02))}
+    (zoo.path / 'queue.yaml').write_text(yaml.safe_dump(queue))
+    assert zoo.run() == 1
+    assert f'{folder} was trained with lr 0.01, not 0.02' in capsys.readouterr().err
+    assert len(zoo.started()) == 1
+
+
+@pytest.mark.skipif(train_zoo.fcntl is None, reason='no locks on this system')
+def test_a_run_left_behind(zoo, monkeypatch, capsys):
+    """ While it is at work no other train.py starts in its folder, whoever started it."""
+    monkeypatch.setattr(train_zoo, 'LOCK_SECONDS', 0.3)
+    (zoo.path / 'hang').touch()
+    driver = subprocess.Popen([sys.executable, '-m', 'splitmixer_timm.train_zoo', OTHER, *zoo.command])
+    while not (zoo.path / 'hung').exists():
+        assert driver.poll() is None
+        time.sleep(0.05)
+    driver.kill()
+    driver.wait()
+    try:
+        assert zoo.run(OTHER) == 1
+        assert f'another train.py is at work in {zoo.path / "runs" / f"{OTHER}-42"}' in capsys.readouterr().err
+    finally:
+        for process in Path('/proc').glob('[0-9]*/cmdline'):
+            with suppress(OSError):
+                if str(zoo.path).encode() in process.read_bytes():
+                    os.kill(int(process.parent.name), signal.SIGKILL)
 
 
 def test_ended_from_outside(zoo):
