@@ -1,7 +1,7 @@
 """ What the fused forms of a SplitMixer for inference share: a model taken apart into plain tensors."""
 import copy
 from dataclasses import dataclass
-from typing import List, Tuple
+from typing import Any, Callable, List, Sequence, Tuple
 
 import torch
 from timm.layers import GELU
@@ -14,11 +14,15 @@ from .splitmixer import (
     SharedSegmentMixing,
     SlidingSegmentMixing,
     SplitMixer,
+    SplitMixerBlock,
 )
 
 __all__ = ['FusedModel', 'Product', 'Unsupported', 'activation', 'check_supported', 'fold_affine', 'segments']
 
-CONVOLUTIONS = (nn.Conv2d, RowConv2d)
+# Types of the parts that the fused forms know; what is of another type may compute something else.
+STEMS = [nn.Sequential]
+BLOCKS = [SplitMixerBlock]
+MIXERS = [SegmentMixing, SharedSegmentMixing, SeparateSegmentMixing, SlidingSegmentMixing]
 
 
 class Unsupported(RuntimeError):
@@ -99,23 +103,76 @@ def activation(act: nn.Module) -> str:
     raise Unsupported(f'activation {type(act).__name__}')
 
 
+def _check_type(name: str, module: nn.Module, types: Sequence[type]) -> None:
+    if type(module) not in types:
+        raise Unsupported(f'{type(module).__name__} at {name}')
+
+
+def _check_children(name: str, module: nn.Module, *allowed: Sequence[str]) -> None:
+    children = [child for child, _ in module.named_children()]
+    if children not in [list(names) for names in allowed]:
+        raise Unsupported(f'{type(module).__name__} of {", ".join(children)} at {name}')
+
+
+def _check_conv(name: str, conv: nn.Module, groups: int = 1, **expected: Any) -> None:
+    _check_type(name, conv, (nn.Conv2d, RowConv2d))
+    expected = dict(expected, groups=groups, dilation=(1, 1), padding_mode='zeros')
+    if conv.bias is None or any(getattr(conv, key) != value for key, value in expected.items()):
+        raise Unsupported(f'{conv} at {name}')
+
+
+def _check_act_norm(name: str, act: nn.Module, norm: nn.Module) -> None:
+    activation(act)
+    if type(norm) is not nn.BatchNorm2d or norm.running_var is None:
+        raise Unsupported(f'norm {type(norm).__name__} without the running statistics of a BatchNorm2d at {name}')
+
+
+def _check_mixer(name: str, mixer: nn.Module) -> None:
+    if type(mixer) is nn.Sequential:
+        for child, part in mixer.named_children():
+            _check_mixer(f'{name}.{child}', part)
+        return
+    _check_type(name, mixer, MIXERS)
+    _check_children(name, mixer, ['convs'] if type(mixer) is SeparateSegmentMixing else ['conv'])
+    for conv in getattr(mixer, 'convs', None) or [mixer.conv]:
+        _check_conv(name, conv, kernel_size=(1, 1), stride=(1, 1), padding=(0, 0))
+
+
 def check_supported(model: SplitMixer) -> None:
-    """ Check that a model is made of what `fold_affine`, `activation` and `segments` understand.
+    """ Check that stem and blocks of a model are what `fold_affine`, `activation` and `segments` understand.
 
     Raises:
-        Unsupported: If it is not.
+        Unsupported: If they are not.
     """
     for name, module in model.named_modules():
-        leaf = name.rpartition('.')[2]
         if module._forward_hooks or module._forward_pre_hooks:
             raise Unsupported(f'a forward hook on {name or "the model"}')
-        if leaf.startswith('act') or name == 'stem.1':
-            activation(module)
-        elif leaf.startswith('norm') or name == 'stem.2':
-            if type(module) is not nn.BatchNorm2d or module.running_var is None:
-                raise Unsupported(f'norm {type(module).__name__} without the running statistics of a BatchNorm2d')
-        elif name.startswith(('stem', 'blocks')) and module._parameters and type(module) not in CONVOLUTIONS:
-            raise Unsupported(f'{type(module).__name__} at {name}')
+        if 'forward' in module.__dict__:
+            raise Unsupported(f'a forward of its own on {name or "the model"}')
+    _check_type('stem', model.stem, STEMS)
+    _check_children('stem', model.stem, '012')
+    conv, act, norm = model.stem
+    _check_conv('stem', conv, padding=(0, 0), kernel_size=conv.kernel_size[:1] * 2, stride=conv.stride[:1] * 2)
+    _check_act_norm('stem', act, norm)
+    first, second = ['conv1', 'act1', 'norm1'], ['conv2', 'act2', 'norm2']
+    _check_type('blocks', model.blocks, [nn.Sequential])
+    for i, block in enumerate(model.blocks):
+        name = f'blocks.{i}'
+        _check_type(name, block, BLOCKS)
+        _check_children(name, block, ['spatial_mixing', 'channel_mixing', 'drop_path'])
+        spatial, channel = block.spatial_mixing, block.channel_mixing
+        if type(spatial) is not nn.Identity:
+            _check_type(f'{name}.spatial_mixing', spatial, [nn.Sequential])
+            _check_children(f'{name}.spatial_mixing', spatial, first, [*first, *second])
+            for n in range(1, len(spatial) // 3 + 1):
+                conv, act, norm = (getattr(spatial, f'{part}{n}') for part in ('conv', 'act', 'norm'))
+                _check_conv(f'{name}.spatial_mixing', conv, groups=conv.weight.shape[0], stride=(1, 1), padding='same')
+                _check_act_norm(f'{name}.spatial_mixing', act, norm)
+        if type(channel) is not nn.Identity:
+            _check_type(f'{name}.channel_mixing', channel, [nn.Sequential])
+            _check_children(f'{name}.channel_mixing', channel, ['mixer', 'act', 'norm'])
+            _check_mixer(f'{name}.channel_mixing.mixer', channel.mixer)
+            _check_act_norm(f'{name}.channel_mixing', channel.act, channel.norm)
 
 
 class FusedModel(nn.Module):
@@ -124,10 +181,16 @@ class FusedModel(nn.Module):
     Args:
         model: The model, which stays as it is.
         dtype: Data type of weights, features and logits.
+
+    Raises:
+        Unsupported: If the model has a forward of its own.
     """
 
     def __init__(self, model: SplitMixer, dtype: torch.dtype):
         super().__init__()
+        own = [name for name in ('forward_features', 'forward_head') if name in model.__dict__]
+        if type(model) is not SplitMixer or own:
+            raise Unsupported(f'model {type(model).__name__} with {" and ".join(own) or "code"} of its own')
         self.dtype = dtype
         for name in ('in_chans', 'num_classes', 'num_features', 'head_hidden_size', 'patch_size'):
             setattr(self, name, getattr(model, name))
@@ -146,6 +209,21 @@ class FusedModel(nn.Module):
         device = next(self.buffers()).device
         if not x.is_floating_point() or x.device != device:
             raise ValueError(f'Input must be floating point on {device}, got {x.dtype} on {x.device}.')
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> 'FusedModel':
+        device = next(self.buffers()).device
+        sample = fn(torch.empty(0, dtype=self.dtype, device=device))
+        if sample.dtype != self.dtype or sample.device.type != device.type:
+            raise RuntimeError(
+                f'{type(self).__name__} keeps the kind of device and the dtype it was made for, {device.type} and '
+                f'{self.dtype}: make another from the model.')
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            # what is kept in fp32 beside weights of half precision stays so
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
 
     def train(self, mode: bool = True) -> 'FusedModel':
         if mode:

@@ -194,14 +194,6 @@ class FusedSplitMixer(FusedModel):
         self.blocks = nn.Sequential(*(Block(block, dtype) for block in model.blocks))
         self.eval()
 
-    def _apply(self, fn, recurse: bool = True):
-        sample = fn(torch.empty(0))
-        if sample.dtype != torch.float32 or sample.device.type != 'cpu':
-            raise RuntimeError(
-                f'{type(self).__name__} keeps the device and the dtype it was made for, CPU and {self.dtype}: make '
-                'another from the model.')
-        return super()._apply(fn, recurse)
-
     def _pieces(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
         """ Features of the batch in pieces that fit the cache."""
         self._check_input(x)

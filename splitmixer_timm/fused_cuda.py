@@ -121,14 +121,9 @@ class FusedSplitMixer(FusedModel):
         self._replaying = threading.Lock()
 
     def _apply(self, fn, recurse: bool = True):
-        device = self.stem.params.device
-        sample = fn(torch.empty(0, device=device))
-        if sample.dtype != torch.float32 or sample.device.type != device.type:
-            raise RuntimeError(
-                f'{type(self).__name__} keeps the kind of device and the dtype it was made for, {device.type} and '
-                f'{self.dtype}: make another from the model.')
+        super()._apply(fn, recurse)
         self._forget_graphs()
-        return super()._apply(fn, recurse)
+        return self
 
     def __getstate__(self) -> Dict[str, Any]:
         graphs = ('_graphs', '_pool', '_stream', '_replaying')

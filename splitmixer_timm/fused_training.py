@@ -7,7 +7,7 @@ from torch import nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .fused import Unsupported, activation, check_supported
+from .fused import BLOCKS, STEMS, Unsupported, activation, check_supported
 from .splitmixer import SplitMixer, SplitMixerBlock
 
 try:
@@ -251,6 +251,11 @@ class FusedBlock(SplitMixerBlock):
                 return x
             y = _act_norm(mixing.mixer(x), mixing.act, mixing.norm)
             return x + self.drop_path(y) if self.channel_residual else y
+
+
+# in eval mode they are what they were made of
+STEMS.append(FusedStem)
+BLOCKS.append(FusedBlock)
 
 
 def fuse_for_training(model: SplitMixer) -> SplitMixer:

@@ -125,11 +125,27 @@ def _resolve_norm_layer(norm_layer: Union[str, Callable[..., nn.Module]]) -> Cal
     return layer
 
 
+@torch.jit.ignore
+def _is_transformed() -> bool:
+    """ Whether this runs under a transform of torch.func, whose tensors do not tell how they lie in memory."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
 # Branches on where and how a tensor lies in memory are functions that torch.fx takes as a whole.
+
+def _is_channels_last(x: torch.Tensor) -> bool:
+    if not torch.jit.is_scripting():
+        if _is_transformed():
+            return False
+    return x.is_contiguous(memory_format=torch.channels_last)
+
 
 @torch.fx.wrap
 def _to_fast_format(x: torch.Tensor) -> torch.Tensor:
     """ On a CPU channels_last, which its convolutions of few channels at a time want; elsewhere as given."""
+    if not torch.jit.is_scripting():
+        if _is_transformed():
+            return x
     if x.device.type == 'cpu':
         return x.contiguous(memory_format=torch.channels_last)
     return x
@@ -164,7 +180,7 @@ def _row_conv(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor
 def _pack_segments(x: torch.Tensor, num_segments: int) -> torch.Tensor:
     """ Images of one segment's channels without a copy: N x s images, or in channels_last s times as wide."""
     N, C, H, W = x.shape
-    if x.is_contiguous(memory_format=torch.channels_last):
+    if _is_channels_last(x):
         return x.permute(0, 2, 3, 1).reshape(N, H, W * num_segments, C // num_segments).permute(0, 3, 1, 2)
     return x.reshape(N * num_segments, C // num_segments, H, W)
 
@@ -195,7 +211,7 @@ def _separate_convs(
 @torch.fx.wrap
 def _interleave(maps: List[torch.Tensor]) -> torch.Tensor:
     """ Channels of several tensors in turn: the first of each, the second of each, ..."""
-    if maps[0].is_contiguous(memory_format=torch.channels_last):
+    if _is_channels_last(maps[0]):
         return torch.stack([m.permute(0, 2, 3, 1) for m in maps], dim=4).flatten(3).permute(0, 3, 1, 2)
     return torch.stack(maps, dim=2).flatten(1, 2)
 
@@ -256,7 +272,17 @@ class SeparateSegmentMixing(nn.Module):
         self.sizes = [size] * (num_segments - 1) + [dim - size * (num_segments - 1)]
         self.convs = nn.ModuleList([nn.Conv2d(s, s, kernel_size=1, device=device, dtype=dtype) for s in self.sizes])
 
+    @torch.jit.ignore
+    def _are_plain(self) -> bool:
+        """ Whether the convolutions do no more than their weights and biases say: no adapters, no hooks."""
+        return all(
+            type(conv) is nn.Conv2d and not conv._forward_hooks and not conv._forward_pre_hooks for conv in self.convs)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            if not self._are_plain():
+                segments = x.split(self.sizes, dim=1)
+                return torch.cat([conv(segment) for conv, segment in zip(self.convs, segments)], dim=1)
         weights: List[torch.Tensor] = []
         biases: List[torch.Tensor] = []
         for conv in self.convs:
@@ -589,6 +615,7 @@ class SplitMixer(nn.Module):
         self.head.train(self.training)
 
     def _check_input(self, x: torch.Tensor) -> None:
+        _assert(x.dim() == 4, f'Input must have 4 dimensions (N, in_chans, H, W), got {x.dim()}.')
         channels, height, width, patch = x.shape[1], x.shape[2], x.shape[3], self.patch_size
         _assert(channels == self.in_chans, f'Input must have in_chans={self.in_chans} channels, got {channels}.')
         _assert(height >= patch, f'Input height must be at least patch_size={patch}, got {height}.')
@@ -609,7 +636,9 @@ class SplitMixer(nn.Module):
         """
         if (
                 torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
-                or isinstance(x, torch.fx.Proxy) or x.device.type != 'cpu'
+                or isinstance(x, torch.fx.Proxy) or x.device.type != 'cpu' or _is_transformed()
+                or torch.nn.modules.module._global_forward_hooks
+                or torch.nn.modules.module._global_forward_pre_hooks
         ):
             return 0
         size = max(1, PIECE_BYTES * torch.get_num_threads() * len(x) // max(1, x.nbytes))
@@ -618,7 +647,7 @@ class SplitMixer(nn.Module):
         for module in self.blocks.modules():
             if (
                     type(module) not in _INDEPENDENT or module.training
-                    or module._forward_hooks or module._forward_pre_hooks
+                    or module._forward_hooks or module._forward_pre_hooks or 'forward' in module.__dict__
                     or isinstance(module, nn.BatchNorm2d) and module.running_mean is None
             ):
                 return 0
@@ -768,7 +797,8 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
         State dict for `model.load_state_dict(..., strict=True)`.
 
     Raises:
-        RuntimeError: If the names fit no known layout; the message lists those that did not fit the nearest one.
+        RuntimeError: If the names fit no known layout; the message lists those that did not fit the nearest one. Of
+            this package's own names some may be missing or left over: `load_state_dict` says so, where it is strict.
     """
     for key in ('state_dict_ema', 'model_ema', 'state_dict', 'model'):
         if isinstance(state_dict.get(key), dict):
@@ -789,7 +819,8 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     # the classifier may differ, timm drops it where the number of classes does
     missing = [theirs for theirs, ours in renames.items() if theirs not in given and ours != 'head']
     unexpected = sorted(name for name in given - renames.keys() if name.split('.')[0] != 'head')
-    if missing or unexpected:
+    is_own = renames is candidates[0] and len(missing) < len(names) - 1
+    if not is_own and (missing or unexpected):
         def some(keys: List[str]) -> str:
             return ', '.join(keys[:8]) + (f', ... ({len(keys)} in all)' if len(keys) > 8 else '') or 'none'
 

@@ -109,6 +109,26 @@ def test_without_classifier(layout, images):
         torch.testing.assert_close(classifier.head(model(images)), expected(images), rtol=1e-5, atol=1e-5)
 
 
+class TestOwnNames:
+    """ Whether all must fit is up to whoever loads."""
+
+    @pytest.mark.parametrize('depth', [1, 3])
+    def test_other_depth(self, depth):
+        theirs, model = SplitMixer(24, 2), SplitMixer(24, depth)
+        state_dict = checkpoint_filter_fn(theirs.state_dict(), model)
+        with pytest.raises(RuntimeError, match=r'blocks\.[12]\.'):
+            model.load_state_dict(state_dict)
+        model.load_state_dict(state_dict, strict=False)
+        assert torch.equal(model.blocks[0].channel_mixing.mixer.conv.weight,
+                           theirs.blocks[0].channel_mixing.mixer.conv.weight)
+
+    def test_shallower_of_the_zoo(self):
+        model = timm.create_model('splitmixer_i_256_8', pretrained=True, depth=4, pretrained_strict=False)
+        whole = timm.create_model('splitmixer_i_256_8', pretrained=True)
+        assert len(model.blocks) == 4
+        assert torch.equal(model.blocks[3].spatial_mixing.conv1.weight, whole.blocks[3].spatial_mixing.conv1.weight)
+
+
 class TestUnknown:
     def test_foreign_model(self):
         state_dict = timm.create_model('resnet18', device='meta').state_dict()

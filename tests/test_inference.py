@@ -2,6 +2,7 @@
 import copy
 import io
 import warnings
+from collections import OrderedDict
 
 import pytest
 import timm
@@ -175,8 +176,20 @@ class TestInterface:
 
     @pytest.mark.parametrize('move', [lambda m: m.half(), lambda m: m.to('meta')])
     def test_keeps_dtype_and_device(self, move):
-        with pytest.raises(RuntimeError, match='keeps the device and the dtype'):
+        with pytest.raises(RuntimeError, match='keeps the kind of device and the dtype'):
             move(optimize_for_inference(build()))
+
+    @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+    def test_moves_that_change_nothing(self, images, dtype):
+        fused = optimize_for_inference(build(), dtype=dtype)
+        expected = fused(images)
+        types = [buffer.dtype for buffer in fused.buffers()]
+        for same in (fused.to(dtype), fused.to('cpu'), fused.share_memory()):
+            assert torch.equal(same(images), expected)
+            assert [buffer.dtype for buffer in same.buffers()] == types
+        other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+        with pytest.raises(RuntimeError, match='keeps the kind of device and the dtype'):
+            fused.to(other)
 
     def test_bad_images(self):
         fused = optimize_for_inference(build(patch_size=7))
@@ -220,6 +233,107 @@ def hooked():
     model = build()
     model.blocks[0].register_forward_hook(lambda module, args, output: output * 2)
     return model
+
+
+class Adapted(nn.Module):
+    """ A convolution with a low-rank adapter beside it, which shows the convolution's weight as its own."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv
+        self.adapter = nn.Conv2d(conv.in_channels, conv.out_channels, 1)
+
+    @property
+    def weight(self):
+        return self.conv.weight
+
+    @property
+    def bias(self):
+        return self.conv.bias
+
+    def forward(self, x):
+        return self.conv(x) + self.adapter(x)
+
+
+class Gate(nn.Module):
+    def __init__(self, dim=24):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x):
+        return x * self.conv(x.mean((2, 3), keepdim=True)).sigmoid()
+
+
+class OwnHead(SplitMixer):
+    def forward_head(self, x, pre_logits=False):
+        return super().forward_head(x, pre_logits) * 2
+
+
+def adapted(kind):
+    model = build(channel_mixing=kind)
+    mixer = model.blocks[1].channel_mixing.mixer
+    if kind == 'iv':
+        mixer.convs[1] = Adapted(mixer.convs[1])
+    else:
+        mixer.conv = Adapted(mixer.conv)
+    return model.eval()
+
+
+def gated_mixing():
+    model = build()
+    model.blocks[0].spatial_mixing.add_module('gate', Gate())
+    return model.eval()
+
+
+def gated_block():
+    model = build()
+    model.blocks[0] = nn.Sequential(model.blocks[0], Gate())
+    return model.eval()
+
+
+def gate_at_the_end():
+    model = build()
+    model.blocks.append(Gate())
+    return model.eval()
+
+
+def circular():
+    model = randomize(SplitMixer(24, 2, num_classes=10))
+    conv = model.blocks[0].spatial_mixing.conv2
+    circular = nn.Conv2d(24, 24, (5, 1), padding='same', groups=24, padding_mode='circular')
+    circular.load_state_dict(conv.state_dict())
+    model.blocks[0].spatial_mixing.conv2 = circular
+    return model.eval()
+
+
+def patched():
+    model = build()
+    block = model.blocks[0]
+    forward = block.forward
+    block.forward = lambda x: forward(x) * 2
+    return model
+
+
+class TestCustomised:
+    """ What computes something else than its architecture says is never taken for it."""
+
+    @pytest.mark.parametrize('make', [
+        lambda: randomize(OwnHead(24, 2, num_classes=10)), lambda: adapted('i'), lambda: adapted('iii'),
+        lambda: adapted('iv'), gated_mixing, gated_block, gate_at_the_end, circular, patched,
+    ])
+    def test_falls_back(self, make, images):
+        model = make()
+        with pytest.warns(UserWarning, match='no faster form for'):
+            fallback = optimize_for_inference(model)
+        assert difference(fallback, model, images) < 1e-6
+
+    def test_own_classifier(self, images):
+        """ The classifier is the model's own, whatever it is."""
+        model = build()
+        model.head = nn.Sequential(OrderedDict(fc=nn.Linear(24, 10), act=nn.SiLU(), norm=nn.LayerNorm(10)))
+        fused = optimize_for_inference(model.eval())
+        assert isinstance(fused, FusedSplitMixer)
+        assert difference(fused, model, images) < 1e-5
 
 
 class TestFallback:

@@ -8,6 +8,8 @@ import torch
 from conftest import KINDS
 from reference import randomize
 from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from splitmixer_timm import SplitMixer, checkpoint_filter_fn, splitmixer
 from splitmixer_timm.complexity import measure_complexity
@@ -17,6 +19,59 @@ def assert_same(model, expected, images):
     model.load_state_dict(checkpoint_filter_fn(expected.state_dict(), model), strict=True)
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(images), expected(images), rtol=1e-5, atol=1e-5)
+
+
+class TestTorchFunc:
+    @pytest.mark.parametrize('kind', KINDS)
+    def test_gradient_of_each_sample(self, kind):
+        model = randomize(SplitMixer(24, 2, channel_mixing=kind, num_classes=5))
+        params = {name: p.detach() for name, p in model.named_parameters()}
+        images, targets = torch.randn(3, 3, 8, 8), torch.tensor([0, 3, 4])
+
+        def loss(params, image, target):
+            return F.cross_entropy(torch.func.functional_call(model, params, (image[None],)), target[None])
+
+        each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(params, images, targets)
+        whole = torch.autograd.grad(F.cross_entropy(model(images), targets), list(model.parameters()))
+        for grads, grad in zip(each.values(), whole):
+            torch.testing.assert_close(grads.mean(0), grad, rtol=1e-4, atol=1e-5)
+
+    def test_vmap(self):
+        model = randomize(SplitMixer(24, 2, num_classes=5))
+        images = torch.randn(3, 2, 3, 8, 8)
+        with torch.no_grad():
+            torch.testing.assert_close(torch.func.vmap(model)(images), torch.stack([model(x) for x in images]))
+
+
+class TestCustomisedConvolutions:
+    """ Those of type IV are called one by one as soon as they are more than their weights."""
+
+    def model(self):
+        return randomize(SplitMixer(24, 2, channel_mixing='iv', num_classes=5))
+
+    def test_hooks(self, images):
+        model, seen = self.model(), []
+        expected = model(images)
+        for conv in model.blocks[0].channel_mixing.mixer.convs:
+            conv.register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
+        torch.testing.assert_close(model(images), expected)
+        assert seen == [12, 12]
+
+    def test_pruning(self, images):
+        model = self.model().train()
+        conv = model.blocks[1].channel_mixing.mixer.convs[0]
+        prune.l1_unstructured(conv, 'weight', 0.5)
+        for _ in range(2):
+            model(images).sum().backward()
+        assert (conv.weight == 0).sum() == conv.weight.numel() // 2
+        assert conv.weight_orig.grad.abs().sum() > 0
+
+    def test_adapter(self, images):
+        model = self.model()
+        convs = model.blocks[0].channel_mixing.mixer.convs
+        expected = model(images)
+        convs[0] = torch.nn.Sequential(convs[0], torch.nn.Conv2d(12, 12, 1))
+        assert not torch.allclose(model(images), expected)
 
 
 class TestAgainstPaper:
@@ -342,6 +397,13 @@ class TestMemoryFormat:
             assert size(model) == 0
             model.eval().blocks[0].spatial_mixing.act1.register_forward_hook(lambda *args: None)
             assert size(model) == 0
+            model = SplitMixer(24, 2).eval()
+            model.blocks[0].forward = lambda x: x
+            assert size(model) == 0
+            everywhere = torch.nn.modules.module.register_module_forward_hook(lambda *args: None)
+            assert size() == 0
+            everywhere.remove()
+            assert size() == 1
             model = SplitMixer(24, 2).eval()
             images = torch.randn(4, 3, 6, 6)
             for same in (torch.jit.trace(model, images[:2]), torch.fx.symbolic_trace(model), torch.jit.script(model)):
