@@ -203,13 +203,15 @@ def forms_table(rows: List[Dict[str, str]]) -> str:
         if plain['error']:
             lines.append([f'`{model}`', 'failed', *['-'] * len(forms)])
             continue
-        line = [f'`{model}`', reports.number(int(plain['batch_size']) / float(plain['seconds']))]
+        # from its median, and in its slowest and its fastest turn
+        rates = [int(plain['batch_size']) / float(plain[name]) for name in ('seconds', 'slowest', 'fastest')]
+        line = [f'`{model}`', '{} ({} to {})'.format(*map(reports.number, rates))]
         for form in forms:
             row = by_form.get(form)
             if row is None or row['error']:
                 line.append('-' if row is None else 'failed')
                 continue
-            # the spread is that of the form's own turns
+            # the spread is that of the form's own turns, against the median of the plain model's
             ratios = [float(plain['seconds']) / float(row[name]) for name in ('seconds', 'slowest', 'fastest')]
             cell = '{:.2f} ({:.2f} to {:.2f})'.format(*ratios)
             if rows[0]['mode'] == 'train' and plain['peak_memory_mib'] and row['peak_memory_mib']:
