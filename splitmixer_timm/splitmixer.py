@@ -125,10 +125,14 @@ def _resolve_norm_layer(norm_layer: Union[str, Callable[..., nn.Module]]) -> Cal
     return layer
 
 
+# torch has no public way to ask; without this one vmap would fail, as it does of itself where a format is asked for
+_transform_stack = getattr(torch._C._functorch, 'peek_interpreter_stack', lambda: None)
+
+
 @torch.jit.ignore
 def _is_transformed() -> bool:
     """ Whether this runs under a transform of torch.func, whose tensors do not tell how they lie in memory."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    return not torch.compiler.is_compiling() and _transform_stack() is not None
 
 
 # Branches on where and how a tensor lies in memory are functions that torch.fx takes as a whole.
