@@ -34,9 +34,19 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from . import manifest
 from .machine import device_name
-from .runs import checkpoint_epoch, finished_epochs, public_args, read_args, read_summary
+from .runs import (
+    LOCAL_ARGS,
+    PATH_ARGS,
+    checkpoint_epoch,
+    finished_epochs,
+    loading,
+    public_args,
+    read_args,
+    read_summary,
+)
 
 ELAPSED = 'elapsed.txt'  # seconds of each part of a run that was cut off and resumed, a line each
+measuring: List[subprocess.Popen] = []  # validate.py, while it is at work
 BUFFERS = ('running_mean', 'running_var', 'num_batches_tracked')
 
 
@@ -63,7 +73,8 @@ def timm_version(scripts: Path) -> str:
 
 def read_weights(run_dir: Path) -> Dict[str, torch.Tensor]:
     """ Weights of a run's last checkpoint, of its EMA where it kept one."""
-    return {k: v.contiguous() for k, v in load_state_dict(str(run_dir / 'last.pth.tar')).items()}
+    with loading:
+        return {k: v.contiguous() for k, v in load_state_dict(str(run_dir / 'last.pth.tar')).items()}
 
 
 def weights_content(state_dict: Dict[str, torch.Tensor]) -> bytes:
@@ -112,12 +123,22 @@ def validate(
     results = weights.with_suffix('.json')
     # on a GPU validate.py allows products in TF32, which is not the fp32 that the entry tells of
     env = {**os.environ, 'NVIDIA_TF32_OVERRIDE': '0'}
-    subprocess.run([
+    command = [
         sys.executable, '-m', 'splitmixer_timm.run', str(scripts / 'validate.py'),
         '--model', model, '--checkpoint', str(weights), '--data-dir', str(data_dir), '--split', split,
         '--device', device, '--batch-size', str(batch_size), '--workers', '1', '--no-prefetcher',
         '--results-file', str(results), '--results-format', 'json',
-    ], check=True, env=env)
+    ]
+    with subprocess.Popen(command, env=env) as process:
+        measuring.append(process)
+        try:
+            if process.wait():
+                raise subprocess.CalledProcessError(process.returncode, command)
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            measuring.remove(process)
     return json.loads(results.read_text())
 
 
@@ -127,6 +148,8 @@ def _checked_run(run_dir: Path, arch: str) -> Dict[str, Any]:
     epochs, planned = finished_epochs(read_summary(run_dir)), planned_epochs(run_args)
     if epochs != planned:
         raise ValueError(f'{run_dir} has {epochs} of {planned} epochs: train it to the end first')
+    if not (run_dir / 'last.pth.tar').is_file():
+        raise ValueError(f'{run_dir} has no last.pth.tar')
     epoch = checkpoint_epoch(run_dir / 'last.pth.tar')
     if epoch != planned - 1:
         raise ValueError(f'{run_dir}/last.pth.tar is of epoch {epoch}, not of the last, {planned - 1}: resume the run')
@@ -176,7 +199,7 @@ def add_runs(
     for other_dir, other_args in zip(run_dirs, all_args):
         different = sorted(
             key for key in run_args.keys() | other_args.keys()
-            if key not in ('seed', 'experiment') and run_args.get(key) != other_args.get(key))
+            if key not in {'seed', 'experiment', *LOCAL_ARGS, *PATH_ARGS} and run_args.get(key) != other_args.get(key))
         if different:
             raise ValueError(f'{other_dir} must differ from {run_dir} in the seed alone, not in {", ".join(different)}')
     rows = read_summary(run_dir)

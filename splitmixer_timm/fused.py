@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Callable, List, Sequence, Tuple
 
 import torch
-from timm.layers import GELU
+from timm.layers import GELU, DropPath
 from torch import nn
 
 from .splitmixer import (
@@ -114,8 +114,9 @@ def _check_children(name: str, module: nn.Module, *allowed: Sequence[str]) -> No
         raise Unsupported(f'{type(module).__name__} of {", ".join(children)} at {name}')
 
 
-def _check_conv(name: str, conv: nn.Module, groups: int = 1, **expected: Any) -> None:
+def _check_conv(name: str, conv: nn.Module, is_depthwise: bool = False, **expected: Any) -> None:
     _check_type(name, conv, (nn.Conv2d, RowConv2d))
+    groups = conv.out_channels if is_depthwise else 1
     expected = dict(expected, groups=groups, dilation=(1, 1), padding_mode='zeros')
     if conv.bias is None or any(getattr(conv, key) != value for key, value in expected.items()):
         raise Unsupported(f'{conv} at {name}')
@@ -152,7 +153,8 @@ def check_supported(model: SplitMixer) -> None:
     _check_type('stem', model.stem, STEMS)
     _check_children('stem', model.stem, '012')
     conv, act, norm = model.stem
-    _check_conv('stem', conv, padding=(0, 0), kernel_size=conv.kernel_size[:1] * 2, stride=conv.stride[:1] * 2)
+    _check_type('stem.0', conv, [nn.Conv2d])
+    _check_conv('stem.0', conv, padding=(0, 0), kernel_size=conv.kernel_size[:1] * 2, stride=conv.stride[:1] * 2)
     _check_act_norm('stem', act, norm)
     first, second = ['conv1', 'act1', 'norm1'], ['conv2', 'act2', 'norm2']
     _check_type('blocks', model.blocks, [nn.Sequential])
@@ -160,13 +162,14 @@ def check_supported(model: SplitMixer) -> None:
         name = f'blocks.{i}'
         _check_type(name, block, BLOCKS)
         _check_children(name, block, ['spatial_mixing', 'channel_mixing', 'drop_path'])
+        _check_type(f'{name}.drop_path', block.drop_path, [nn.Identity, DropPath])
         spatial, channel = block.spatial_mixing, block.channel_mixing
         if type(spatial) is not nn.Identity:
             _check_type(f'{name}.spatial_mixing', spatial, [nn.Sequential])
             _check_children(f'{name}.spatial_mixing', spatial, first, [*first, *second])
             for n in range(1, len(spatial) // 3 + 1):
                 conv, act, norm = (getattr(spatial, f'{part}{n}') for part in ('conv', 'act', 'norm'))
-                _check_conv(f'{name}.spatial_mixing', conv, groups=conv.weight.shape[0], stride=(1, 1), padding='same')
+                _check_conv(f'{name}.spatial_mixing', conv, is_depthwise=True, stride=(1, 1), padding='same')
                 _check_act_norm(f'{name}.spatial_mixing', act, norm)
         if type(channel) is not nn.Identity:
             _check_type(f'{name}.channel_mixing', channel, [nn.Sequential])

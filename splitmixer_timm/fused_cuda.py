@@ -18,7 +18,7 @@ __all__ = ['FusedSplitMixer', 'build']
 
 MAX_GRAPHS = 8
 
-_capturing = threading.Lock()  # what measures kernels at their first launch is not made for several threads
+_launching = threading.RLock()  # Triton's launcher of kernels that it measures is not made for several threads
 
 
 def _stack(*rows: torch.Tensor) -> torch.Tensor:
@@ -137,7 +137,7 @@ class FusedSplitMixer(FusedModel):
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """ Images (N, in_chans, H, W) to features (N, dim, H / stride, W / stride), in channels_last memory."""
         self._check_input(x)
-        with torch.cuda.device_of(x):
+        with _launching, torch.cuda.device_of(x):
             x = self.blocks(self.stem(x))
         return x.permute(0, 3, 1, 2)
 
@@ -174,7 +174,7 @@ class FusedSplitMixer(FusedModel):
             if key not in self._graphs:
                 if len(self._graphs) == MAX_GRAPHS:
                     self._graphs.popitem(last=False)
-                with _capturing:
+                with _launching:
                     self._graphs[key] = self._capture(x)
             self._graphs.move_to_end(key)
             graph, static_x, y = self._graphs[key]

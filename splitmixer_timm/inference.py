@@ -14,7 +14,7 @@ __all__ = ['optimize_for_inference']
 
 
 def _build(model: SplitMixer, dtype: torch.dtype) -> nn.Module:
-    device = model.stem[0].weight.device
+    device = next(model.parameters()).device
     if device.type == 'cpu':
         return fused_cpu.build(model, dtype)
     if device.type == 'cuda':
@@ -37,7 +37,8 @@ def optimize_for_inference(model: SplitMixer, *, dtype: Optional[torch.dtype] = 
     its device and data type.
 
     Where there is no such form (a norm other than BatchNorm2d, an activation other than exact GELU and ReLU, a data
-    type or device without kernels) a warning says why and a plain copy of the model in eval mode is returned.
+    type or device without kernels, a part that was replaced or hooked on to, a subclass) a warning says why and a plain
+    copy of the model in eval mode is returned.
 
     Args:
         model: The model, in eval mode; it stays as it is, and changes to it later do not reach the new one.
@@ -57,7 +58,7 @@ def optimize_for_inference(model: SplitMixer, *, dtype: Optional[torch.dtype] = 
         raise TypeError(f'dtype must be a floating point torch.dtype or None, got {dtype!r}.')
     if any(module.training for module in model.modules()):
         raise ValueError('model must be in eval mode, got one in train mode: call model.eval() first.')
-    dtype = dtype or model.stem[0].weight.dtype
+    dtype = dtype or next(model.parameters()).dtype
     try:
         return _build(model, dtype)
     except Unsupported as e:

@@ -1,6 +1,7 @@
 """ What timm's train.py leaves in the output folder of a run. """
 import argparse
 import csv
+import threading
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -15,17 +16,27 @@ PATH_ARGS = {
     'resume': '<RESUME>', 'initial_checkpoint': '<CHECKPOINT>', 'pretrained_path': '<CHECKPOINT>',
     'class_map': '<CLASS_MAP>',
 }
+# what may differ between the parts of a run, and between its seeds
+LOCAL_ARGS = {'data', 'data_dir', 'output', 'device', 'workers'}
+
+loading = threading.RLock()  # what torch may unpickle is a setting of the whole process
 
 
 def read_args(run_dir: Path) -> Dict[str, Any]:
-    """ Arguments of a run, those of its beginning where `train_zoo` resumed it.
+    """ Arguments of a run, those of its beginning where `train_zoo` resumed it, but for where it is now.
 
     Raises:
         ValueError: If the folder has none that can be read.
     """
-    path = run_dir / FIRST_ARGS
-    if not path.is_file():
-        path = run_dir / 'args.yaml'
+    run_args = _read_args(run_dir / 'args.yaml')
+    if (run_dir / FIRST_ARGS).is_file():
+        here = {key: value for key, value in run_args.items() if key in LOCAL_ARGS}
+        return {**_read_args(run_dir / FIRST_ARGS), **here}
+    return run_args
+
+
+def _read_args(path: Path) -> Dict[str, Any]:
+    run_dir = path.parent
     if not path.is_file():
         raise ValueError(f'{run_dir} is not an output folder of train.py: it has no args.yaml')
     try:
@@ -41,7 +52,7 @@ def checkpoint_epoch(checkpoint: Path) -> Optional[int]:
     """ Epoch after which train.py wrote a checkpoint, from 0; None where it does not tell (safetensors, an average)."""
     if checkpoint.suffix == '.safetensors':
         return None
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    with loading, torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(checkpoint, map_location='cpu', weights_only=True).get('epoch')
 
 

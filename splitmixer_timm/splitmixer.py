@@ -12,6 +12,7 @@ import inspect
 import math
 import operator
 from collections import OrderedDict
+from functools import partial
 from typing import Any, Callable, Dict, List, Optional, Tuple, Type, Union
 
 import torch
@@ -133,6 +134,13 @@ _transform_stack = getattr(torch._C._functorch, 'peek_interpreter_stack', lambda
 def _is_transformed() -> bool:
     """ Whether this runs under a transform of torch.func, whose tensors do not tell how they lie in memory."""
     return not torch.compiler.is_compiling() and _transform_stack() is not None
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """ Whether somebody hooked on to a module, or gave it a forward of its own."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        or 'forward' in module.__dict__)
 
 
 # Branches on where and how a tensor lies in memory are functions that torch.fx takes as a whole.
@@ -279,14 +287,13 @@ class SeparateSegmentMixing(nn.Module):
     @torch.jit.ignore
     def _are_plain(self) -> bool:
         """ Whether the convolutions do no more than their weights and biases say: no adapters, no hooks."""
-        return all(
-            type(conv) is nn.Conv2d and not conv._forward_hooks and not conv._forward_pre_hooks for conv in self.convs)
+        return all(type(conv) is nn.Conv2d and not _is_watched(conv) for conv in self.convs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
             if not self._are_plain():
                 segments = x.split(self.sizes, dim=1)
-                return torch.cat([conv(segment) for conv, segment in zip(self.convs, segments)], dim=1)
+                return torch.cat([conv(segments[i]) for i, conv in enumerate(self.convs)], dim=1)
         weights: List[torch.Tensor] = []
         biases: List[torch.Tensor] = []
         for conv in self.convs:
@@ -651,7 +658,7 @@ class SplitMixer(nn.Module):
         for module in self.blocks.modules():
             if (
                     type(module) not in _INDEPENDENT or module.training
-                    or module._forward_hooks or module._forward_pre_hooks or 'forward' in module.__dict__
+                    or _is_watched(module)
                     or isinstance(module, nn.BatchNorm2d) and module.running_mean is None
             ):
                 return 0
@@ -786,7 +793,11 @@ def _module_in_layout(name: str, layout: Dict[str, str], depth: int, is_full: bo
     return layout['full' if is_full else 'mixer'].format(mixer='mixer', **fields)
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
+def checkpoint_filter_fn(
+        state_dict: Dict[str, Any],
+        model: nn.Module,
+        strict: bool = False,
+) -> Dict[str, torch.Tensor]:
     """ Rename the weights of a public SplitMixer or ConvMixer checkpoint to those of `model`.
 
     Takes this package's own names, the published package's (types I to V, 3D and the ConvMixer baselines), the flat
@@ -796,13 +807,14 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     Args:
         state_dict: Checkpoint.
         model: `SplitMixer` of the same architecture.
+        strict: Of this package's own names too, none but the classifier's may be missing or left over; otherwise that
+            is up to `load_state_dict`.
 
     Returns:
-        State dict for `model.load_state_dict(..., strict=True)`.
+        State dict for `model.load_state_dict`.
 
     Raises:
-        RuntimeError: If the names fit no known layout; the message lists those that did not fit the nearest one. Of
-            this package's own names some may be missing or left over: `load_state_dict` says so, where it is strict.
+        RuntimeError: If the names fit no known layout; the message lists those that did not fit the nearest one.
     """
     for key in ('state_dict_ema', 'model_ema', 'state_dict', 'model'):
         if isinstance(state_dict.get(key), dict):
@@ -823,8 +835,8 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     # the classifier may differ, timm drops it where the number of classes does
     missing = [theirs for theirs, ours in renames.items() if theirs not in given and ours != 'head']
     unexpected = sorted(name for name in given - renames.keys() if name.split('.')[0] != 'head')
-    is_own = renames is candidates[0] and len(missing) < len(names) - 1
-    if not is_own and (missing or unexpected):
+    is_own = renames is candidates[0] and any(name.startswith('blocks.') for name in given & renames.keys())
+    if (missing or unexpected) and (strict or not is_own):
         def some(keys: List[str]) -> str:
             return ', '.join(keys[:8]) + (f', ... ({len(keys)} in all)' if len(keys) > 8 else '') or 'none'
 
@@ -909,6 +921,8 @@ def create_variant(model_cls: Type[nn.Module], variant: str, pretrained: bool = 
         RuntimeError: If there are no weights, or the file is not the one in the manifest.
     """
     out_indices = kwargs.pop('out_indices', 3)
+    # with another number of classes timm would load whatever fits
+    filter_fn = partial(checkpoint_filter_fn, strict=kwargs.get('pretrained_strict', True))
     if pretrained:
         kwargs['pretrained_cfg_overlay'] = manifest.checked_overlay(
             variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'), kwargs.get('cache_dir'))
@@ -916,7 +930,7 @@ def create_variant(model_cls: Type[nn.Module], variant: str, pretrained: bool = 
         model_cls,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn if issubclass(model_cls, SplitMixer) else None,
+        pretrained_filter_fn=filter_fn if issubclass(model_cls, SplitMixer) else None,
         feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
         **kwargs,
     )

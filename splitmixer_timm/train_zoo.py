@@ -27,9 +27,9 @@ from timm.models import is_model
 from tqdm import tqdm
 
 from . import manifest
-from .add_run import ELAPSED, add_runs, planned_epochs, read_weights, weights_content
+from .add_run import ELAPSED, add_runs, measuring, planned_epochs, read_weights, weights_content
 from .cli import RECIPES_DIR
-from .runs import FIRST_ARGS, checkpoint_epoch, finished_epochs, read_args, read_summary
+from .runs import FIRST_ARGS, LOCAL_ARGS, checkpoint_epoch, finished_epochs, read_args, read_summary
 
 try:
     import fcntl
@@ -37,8 +37,6 @@ except ImportError:  # Windows
     fcntl = None
 
 KEYS = {'recipe', 'args', 'seeds'}
-# what may change between the parts of a run
-LOCAL_ARGS = {'data_dir', 'output', 'device', 'workers'}
 POLL_SECONDS = 2.
 LOCK_SECONDS = 10.  # data loaders outlive by that much a train.py that was killed
 
@@ -140,6 +138,8 @@ def last_checkpoint(folder: Path) -> Optional[Path]:
         return None
     latest = max(readable, key=readable.get)
     if readable.get(last) != readable[latest]:
+        if last.is_file():
+            os.replace(last, folder / 'damaged.pth.tar')
         copy = folder / 'copy.pth.tar'
         shutil.copy2(latest, copy)  # with its time
         os.replace(copy, last)
@@ -165,6 +165,16 @@ def lock(folder: Path) -> Optional[TextIO]:
     raise RuntimeError(f'another train.py is at work in {folder}')
 
 
+def _is_same(trained: Any, value: Any) -> bool:
+    """ Whether train.py makes of an argument what it recorded: YAML has '5e-4' as a string."""
+    if isinstance(value, str) and isinstance(trained, (int, float)):
+        try:
+            return float(value) == trained
+        except ValueError:
+            return False
+    return trained == value
+
+
 def check_args(run: Run) -> None:
     """ Check that what a run's folder holds was trained with this run's arguments.
 
@@ -173,7 +183,8 @@ def check_args(run: Run) -> None:
     """
     trained = read_args(run.folder)
     different = sorted(
-        key for key, value in run.config.items() if key not in LOCAL_ARGS and key in trained and trained[key] != value)
+        key for key, value in run.config.items()
+        if key not in LOCAL_ARGS and key in trained and not _is_same(trained[key], value))
     if different:
         changes = ', '.join(f'{key} {trained[key]!r}, not {run.config[key]!r}' for key in different)
         raise ValueError(f'{run.folder} was trained with {changes}: give another --output, or remove it')
@@ -199,7 +210,7 @@ def start(run: Run, scripts: Path) -> subprocess.Popen:
             with open(run.folder / ELAPSED, 'a', encoding='utf-8') as f:
                 f.write(f'{max(0., finished - args.stat().st_mtime):.0f}\n')
             if not (run.folder / FIRST_ARGS).is_file():
-                shutil.copy2(args, run.folder / FIRST_ARGS)
+                manifest.replace_file(run.folder / FIRST_ARGS, args.read_bytes())
             os.utime(args, (finished, finished))
             # with the same seed train.py would draw the same images and augmentations as in its first epochs
             epochs = checkpoint_epoch(checkpoint) + 1
@@ -243,7 +254,7 @@ def add(model: Model, scripts: Path, data_dir: Path, device: str) -> Optional[Di
 def train(models: List[Model], scripts: Path, data_dir: Path, device: str, jobs: int) -> List[str]:
     """ Train the models, `jobs` runs at once, and add each to the zoo when its last run is finished.
 
-    Models are measured one at a time while others train; what is being measured at the end is waited for.
+    Models are measured one at a time while others train.
 
     Returns:
         What went wrong, a line for each run or model that failed; the others are trained all the same.
@@ -277,8 +288,10 @@ def train(models: List[Model], scripts: Path, data_dir: Path, device: str, jobs:
             ended = [model for model in models if not any(run.folder in busy for run in model.runs)]
             for model in ended:
                 models.remove(model)
-                if all(run.is_finished(planned[run.folder]) for run in model.runs):  # what is not was told above
+                if all(run.is_finished(planned[run.folder]) for run in model.runs):
                     adding[model.name] = executor.submit(add, model, scripts, data_dir, device)
+                elif not any(failure.startswith(f'{run.folder.name}: ') for failure in failures for run in model.runs):
+                    failures.append(f'{model.name}: not added: its runs are not finished')
             for name in [name for name, future in adding.items() if future.done()]:
                 try:
                     entry = adding.pop(name).result()
@@ -291,6 +304,10 @@ def train(models: List[Model], scripts: Path, data_dir: Path, device: str, jobs:
     finally:
         progress.close()
         executor.shutdown(wait=False, cancel_futures=True)
+        while not all(future.done() for future in adding.values()):  # where this was told to end
+            for process in list(measuring):
+                process.terminate()
+            sleep(0.05)
         for process in running.values():
             process.terminate()
         for process in running.values():

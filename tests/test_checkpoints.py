@@ -129,10 +129,24 @@ class TestOwnNames:
         assert torch.equal(model.blocks[3].spatial_mixing.conv1.weight, whole.blocks[3].spatial_mixing.conv1.weight)
 
 
+    @pytest.mark.parametrize('kwargs', [
+        dict(depth=12), dict(depth=4), dict(channel_mixing='v'), dict(channel_mixing='none'),
+        dict(spatial_mixing='none')])
+    def test_another_number_of_classes_hides_nothing(self, kwargs):
+        """ timm loads no longer strictly then."""
+        with pytest.raises(RuntimeError, match='Checkpoint does not fit SplitMixer'):
+            timm.create_model('splitmixer_i_256_8', pretrained=True, num_classes=5, **kwargs)
+
+
 class TestUnknown:
     def test_foreign_model(self):
         state_dict = timm.create_model('resnet18', device='meta').state_dict()
         with pytest.raises(RuntimeError, match='not recognised: bn1, conv1.*in all.*without weights: stem.0'):
+            checkpoint_filter_fn(state_dict, SplitMixer(24, 2))
+
+    def test_only_a_stem_in_common(self):
+        state_dict = timm.create_model('convnext_atto', device='meta').state_dict()
+        with pytest.raises(RuntimeError, match='Known layouts'):
             checkpoint_filter_fn(state_dict, SplitMixer(24, 2))
 
     def test_names_without_a_dot(self):

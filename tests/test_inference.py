@@ -306,6 +306,22 @@ def circular():
     return model.eval()
 
 
+def own_drop_path():
+    model = build()
+    model.blocks[0].drop_path = Gate()
+    return model.eval()
+
+
+def replaced(part):
+    model = build()
+    if part == 'stem':
+        model.stem[0] = nn.Sequential(model.stem[0])
+    else:
+        mixing = model.blocks[0].spatial_mixing
+        mixing.conv1 = nn.Sequential(mixing.conv1)
+    return model.eval()
+
+
 def patched():
     model = build()
     block = model.blocks[0]
@@ -320,6 +336,7 @@ class TestCustomised:
     @pytest.mark.parametrize('make', [
         lambda: randomize(OwnHead(24, 2, num_classes=10)), lambda: adapted('i'), lambda: adapted('iii'),
         lambda: adapted('iv'), gated_mixing, gated_block, gate_at_the_end, circular, patched,
+        own_drop_path, lambda: replaced('stem'), lambda: replaced('conv'),
     ])
     def test_falls_back(self, make, images):
         model = make()

@@ -249,7 +249,11 @@ def test_threads_on_gpu(threads):
     expected = [fused.forward_head(fused.forward_features(x)) for x in images]
 
     def call(n):
-        return all(torch.allclose(fused(images[n]), expected[n], rtol=1e-5, atol=1e-5) for _ in range(50))
+        for _ in range(50):
+            eager = fused.forward_head(fused.forward_features(images[n]))
+            for logits in (fused(images[n]), eager):
+                torch.testing.assert_close(logits, expected[n], rtol=1e-5, atol=1e-5)
+        return True
 
     with ThreadPoolExecutor(threads) as pool:
         assert all(pool.map(call, range(threads)))

@@ -57,6 +57,20 @@ class TestCustomisedConvolutions:
         torch.testing.assert_close(model(images), expected)
         assert seen == [12, 12]
 
+    def test_backward_hooks_and_own_forwards(self, images):
+        model, seen = self.model(), []
+        convs = model.blocks[0].channel_mixing.mixer.convs
+        convs[0].register_full_backward_hook(lambda *args: seen.append('backward'))
+        forward = convs[1].forward
+        convs[1].forward = lambda x: seen.append('forward') or forward(x)
+        model(images).sum().backward()
+        assert seen == ['forward', 'backward']
+
+    def test_fx(self, images):
+        model = self.model()
+        model.blocks[0].channel_mixing.mixer.convs[0].register_forward_hook(lambda *args: None)
+        torch.testing.assert_close(torch.fx.symbolic_trace(model)(images), model(images))
+
     def test_pruning(self, images):
         model = self.model().train()
         conv = model.blocks[1].channel_mixing.mixer.convs[0]

@@ -249,14 +249,18 @@ def test_trained_with_other_arguments(zoo, capsys, finished):
     folder = zoo.path / 'runs' / f'{OTHER}-42'
     if not finished:
         shutil.copy(zoo.path / 'checkpoint-1', folder / 'last.pth.tar')
-    queue = {OTHER: dict(recipe='cifar100', args=dict(epochs=2, warmup_epochs=1, lr_cycle_limit=1, lr=0.02))}
+    queue = {OTHER: dict(recipe='cifar100', args=dict(epochs=2, warmup_epochs=1, lr_cycle_limit=1, lr='1e-2'))}
+    (zoo.path / 'queue.yaml').write_text(yaml.safe_dump(queue))
+    train_zoo.check_args(train_zoo.read_queue(  # the same, in another notation
+        zoo.path / 'queue.yaml', [], zoo.path / 'runs', data_dir=zoo.path, device='cuda', workers=8)[0].runs[0])
+    queue[OTHER]['args']['lr'] = 0.02
     (zoo.path / 'queue.yaml').write_text(yaml.safe_dump(queue))
     assert zoo.run() == 1
     assert f'{folder} was trained with lr 0.01, not 0.02' in capsys.readouterr().err
     assert len(zoo.started()) == 1
 
 
-@pytest.mark.skipif(train_zoo.fcntl is None, reason='no locks on this system')
+@pytest.mark.skipif(not Path('/proc/self/cmdline').is_file(), reason='finds what it must end in /proc')
 def test_a_run_left_behind(zoo, monkeypatch, capsys):
     """ While it is at work no other train.py starts in its folder, whoever started it."""
     monkeypatch.setattr(train_zoo, 'LOCK_SECONDS', 0.3)
@@ -289,6 +293,19 @@ def test_ended_from_outside(zoo):
     for process in Path('/proc').glob('[0-9]*/cmdline'):
         with suppress(OSError):
             assert str(zoo.path).encode() not in process.read_bytes()
+
+
+def test_ended_while_it_measures(zoo):
+    """ What is being measured is given up, and not added."""
+    (zoo.path / 'scripts' / 'validate.py').write_text(
+        f'import pathlib, time; pathlib.Path({str(zoo.path)!r}, "measuring").touch(); time.sleep(600)')
+    driver = subprocess.Popen([sys.executable, '-m', 'splitmixer_timm.train_zoo', OTHER, *zoo.command])
+    while not (zoo.path / 'measuring').exists():
+        assert driver.poll() is None
+        time.sleep(0.05)
+    driver.terminate()
+    assert driver.wait(60) == 128 + signal.SIGTERM
+    assert not zoo.entries()
 
 
 @pytest.mark.parametrize(('change', 'message'), [
