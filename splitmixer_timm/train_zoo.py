@@ -90,6 +90,14 @@ def read_queue(path: Path, patterns: List[str], output: Path, **train_args) -> L
     ]
 
 
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _read_model(path: Path, name: str, item: Any, output: Path, train_args: Dict[str, Any]) -> Model:
     if not isinstance(item, dict) or not {'recipe'} <= item.keys() <= KEYS:
         raise ValueError(f'{name} in {path} must have a recipe, may have args and seeds, and nothing else')
@@ -101,6 +109,11 @@ def _read_model(path: Path, name: str, item: Any, output: Path, train_args: Dict
     seeds = item.get('seeds', [base['seed']])
     if not isinstance(args, dict):
         raise ValueError(f'args of {name} in {path} must map arguments of train.py to values, got {args!r}')
+    for key, value in args.items():
+        if isinstance(value, str) and _is_number(value):
+            raise ValueError(
+                f'{key} of {name} in {path} must be a number, got the text {value!r}: YAML wants a point in it, as in '
+                '1.0e-3')
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
         raise ValueError(f'seeds of {name} in {path} must be a list of integers, got {seeds!r}')
     dataset = base['model'].partition('.')[2]
@@ -165,16 +178,6 @@ def lock(folder: Path) -> Optional[TextIO]:
     raise RuntimeError(f'another train.py is at work in {folder}')
 
 
-def _is_same(trained: Any, value: Any) -> bool:
-    """ Whether train.py makes of an argument what it recorded: YAML has '5e-4' as a string."""
-    if isinstance(value, str) and isinstance(trained, (int, float)):
-        try:
-            return float(value) == trained
-        except ValueError:
-            return False
-    return trained == value
-
-
 def check_args(run: Run) -> None:
     """ Check that what a run's folder holds was trained with this run's arguments.
 
@@ -184,7 +187,7 @@ def check_args(run: Run) -> None:
     trained = read_args(run.folder)
     different = sorted(
         key for key, value in run.config.items()
-        if key not in LOCAL_ARGS and key in trained and not _is_same(trained[key], value))
+        if key not in LOCAL_ARGS and key in trained and trained[key] != value)
     if different:
         changes = ', '.join(f'{key} {trained[key]!r}, not {run.config[key]!r}' for key in different)
         raise ValueError(f'{run.folder} was trained with {changes}: give another --output, or remove it')

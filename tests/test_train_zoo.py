@@ -249,11 +249,7 @@ def test_trained_with_other_arguments(zoo, capsys, finished):
     folder = zoo.path / 'runs' / f'{OTHER}-42'
     if not finished:
         shutil.copy(zoo.path / 'checkpoint-1', folder / 'last.pth.tar')
-    queue = {OTHER: dict(recipe='cifar100', args=dict(epochs=2, warmup_epochs=1, lr_cycle_limit=1, lr='1e-2'))}
-    (zoo.path / 'queue.yaml').write_text(yaml.safe_dump(queue))
-    train_zoo.check_args(train_zoo.read_queue(  # the same, in another notation
-        zoo.path / 'queue.yaml', [], zoo.path / 'runs', data_dir=zoo.path, device='cuda', workers=8)[0].runs[0])
-    queue[OTHER]['args']['lr'] = 0.02
+    queue = {OTHER: dict(recipe='cifar100', args=dict(epochs=2, warmup_epochs=1, lr_cycle_limit=1, lr=0.02))}
     (zoo.path / 'queue.yaml').write_text(yaml.safe_dump(queue))
     assert zoo.run() == 1
     assert f'{folder} was trained with lr 0.01, not 0.02' in capsys.readouterr().err
@@ -317,6 +313,7 @@ def test_ended_while_it_measures(zoo):
     (dict(queue='resnet.cifar10: {recipe: cifar10}'), 'must be a model of the zoo'),
     (dict(queue=f'{NAME}: {{recipe: cifar10, epochs: 3}}'), 'nothing else'),
     (dict(queue=f'{NAME}: {{recipe: cifar10, args: 3}}'), 'must map arguments of train.py to values, got 3'),
+    (dict(queue=f'{NAME}: {{recipe: cifar10, args: {{lr: 1e-3}}}}'), "must be a number, got the text '1e-3'"),
     (dict(queue=f'{NAME}: {{recipe: cifar10, seeds: 42}}'), 'must be a list of integers, got 42'),
     (dict(queue=f'{NAME}: {{recipe: cifar10, seeds: []}}'), 'must be a list of integers, got []'),
     (dict(absent='scripts/validate.py'), 'has no validate.py'),
