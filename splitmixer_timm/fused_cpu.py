@@ -1,181 +1,300 @@
 """ A SplitMixer for inference on a CPU: a few images at a time through all blocks, updated in place in the cache.
 
 Every operation is one of torch's own on NHWC memory. Compiled into one loop, activation and affine took longer than the
-two passes here: torch's GELU is faster than the compiler's, and the passes over what is in the cache cost little.
+two passes here: torch's GELU is faster than the compiler's, and the passes over what is in the cache cost little. A
+single image takes a few milliseconds, of which a quarter went to Python, to what modules do when called and to laying
+out weights for oneDNN at every call. Hence the modules here hold weights only: what runs are functions that `prepare`
+makes of them, with all that does not depend on the images done beforehand.
 """
-from typing import Iterator, Optional, Tuple
+import platform
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .fused import FusedModel, Unsupported, activation, check_supported, fold_affine, segments
+from .fused import FusedModel, Product, Unsupported, activation, check_supported, fold_affine, segments
 from .splitmixer import PIECE_BYTES, SplitMixer, SplitMixerBlock
 
 __all__ = ['FusedSplitMixer', 'build']
 
-# MKL's matrix product reaches half of oneDNN's speed on processors that are not Intel's
-_onednn_linear = getattr(torch.ops.mkldnn, '_linear_pointwise', None) if torch.backends.mkldnn.is_available() else None
+Function = Callable[[torch.Tensor], torch.Tensor]
 
-_IN_PLACE = {'gelu': torch.ops.aten.gelu_, 'relu': torch.relu_}
+_IN_PLACE = {'gelu': torch.ops.aten.gelu_.default, 'relu': torch.ops.aten.relu_.default}
+# attributes of oneDNN's operations for what they do last
+_LAST = {None: ('none', (), ''), 'gelu': ('gelu', (), 'none'), 'relu': ('relu', (), '')}
 
 
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    if _onednn_linear is not None and x.dtype == torch.float32:
-        return _onednn_linear(x, weight, bias, 'none', [], '')
-    return F.linear(x, weight, bias)
+def _has_onednn(dtype: torch.dtype) -> bool:
+    """ Whether oneDNN computes in this data type and takes weights in a layout of its own."""
+    if platform.machine() not in ('x86_64', 'AMD64') or not torch.backends.mkldnn.is_available():
+        return False  # on other processors it was not tried
+    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class Affine(nn.Module):
-    """ Scale and shift of each channel of rows (M, C), in fp32 and where possible in place."""
+    """ Scale and shift of each channel of images (N, H, W, C), in fp32 and where possible in place.
 
-    def __init__(self, scale: torch.Tensor, shift: torch.Tensor):
+    Args:
+        scale: Scale (C,).
+        shift: Shift (C,), or None where what follows has it.
+        is_residual: Whether the result is added to the input of what precedes.
+    """
+
+    def __init__(self, scale: torch.Tensor, shift: Optional[torch.Tensor], is_residual: bool = False):
         super().__init__()
+        self.is_residual = is_residual
         self.register_buffer('scale', scale)
         self.register_buffer('shift', shift)
         self.register_buffer('zero', torch.zeros_like(scale))
         self.register_buffer('one', torch.ones_like(scale))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dtype == torch.float32:
-            return torch.addcmul(self.shift, x, self.scale, out=x)
-        return F.batch_norm(x, self.zero, self.one, self.scale, self.shift, eps=1e-12)  # of mixed types
+    def prepare(self) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        scale, shift, zero, one, is_residual = self.scale, self.shift, self.zero, self.one, self.is_residual
+
+        def affine(x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
+            if x.dtype != torch.float32:
+                rows = x.view(-1, x.shape[-1])  # of mixed types
+                x = F.batch_norm(rows, zero, one, scale, zero if shift is None else shift, eps=1e-12).view(x.shape)
+            elif shift is not None:
+                x = torch.addcmul(shift, x, scale, out=x)
+            elif is_residual:
+                return shortcut.addcmul_(x, scale)
+            else:
+                x = x.mul_(scale)
+            return shortcut.add_(x) if is_residual else x
+
+        return affine
+
+
+class Pointwise(nn.Module):
+    """ A pointwise convolution of some channels of images (N, H, W, C)."""
+
+    def __init__(self, product: Product, dtype: torch.dtype):
+        super().__init__()
+        self.start, self.stop, self.out = product.start, product.stop, product.out
+        self.register_buffer('weight', product.weight.to(dtype, copy=True))
+        self.register_buffer('bias', product.bias.to(dtype, copy=True))
+
+    def prepare(self, onednn: bool) -> Function:
+        weight, bias, start, stop = self.weight, self.bias, self.start, self.stop
+        if not onednn:
+            return lambda x: F.linear(x[..., start:stop], weight, bias)
+        linear = torch.ops.mkldnn._linear_pointwise.default
+        weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+        return lambda x: linear(x[..., start:stop], weight, bias, *_LAST[None])
 
 
 class Convolution(nn.Module):
-    """ A convolution and activation: images (N, C, H, W) in channels_last to rows (N * H * W, C).
+    """ A convolution of images (N, H, W, C).
 
     Args:
-        conv: The convolution.
-        act: The activation.
-        dtype: Data type of the weights.
-        scale: Scale of each input channel of a depthwise k x 1 convolution, folded into the weights.
-        shift: Its shift, folded into the bias; zero padding comes after it, so that rows at the border lack a part.
+        weight: Weights (outputs, inputs / groups, kh, kw).
+        bias: Biases (outputs,).
+        dtype: Data type of images, weights and biases.
+        stride: Stride.
+        padding: Zero padding, or 'same'.
+        groups: Number of groups.
+        act: Activation of the output, as `activation` names it.
     """
 
     def __init__(
             self,
-            conv: nn.Conv2d,
-            act: nn.Module,
+            weight: torch.Tensor,
+            bias: torch.Tensor,
             dtype: torch.dtype,
-            scale: Optional[torch.Tensor] = None,
-            shift: Optional[torch.Tensor] = None,
+            stride: Tuple[int, int] = (1, 1),
+            padding: Union[str, Tuple[int, int]] = (0, 0),
+            groups: int = 1,
+            act: Optional[str] = None,
     ):
         super().__init__()
-        self.stride, self.padding, self.groups = conv.stride, conv.padding, conv.groups
-        self.act = activation(act)
-        self.above = self.below = 0
-        weight, bias = conv.weight.detach(), conv.bias.detach()
-        if scale is not None:
-            parts = weight[:, 0, :, 0].T.float() * shift  # (k, C)
-            weight = weight.float() * scale.view(-1, 1, 1, 1)
-            bias = bias.float() + parts.sum(0)
-            self.above = (len(parts) - 1) // 2
-            self.below = len(parts) - 1 - self.above
-            # what the rows of the kernel beyond the border would add, for each of the rows that has such
-            top = [parts[:self.above - h].sum(0) for h in range(self.above)]
-            bottom = [parts[len(parts) - 1 - h:].sum(0) for h in range(self.below)]
-            for name, rows in (('top', top), ('bottom', bottom)):
-                if rows:
-                    self.register_buffer(name, torch.stack(rows)[:, None].to(dtype))
+        kernel = weight.shape[2:]
+        if padding == 'same' and all(size % 2 for size in kernel):
+            padding = (kernel[0] // 2, kernel[1] // 2)
+        self.stride, self.padding, self.groups, self.act = stride, padding, groups, act
         self.register_buffer('weight', weight.to(dtype, copy=True))
         self.register_buffer('bias', bias.to(dtype, copy=True))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, 1, self.groups)
-        x = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-        height = x.shape[1]
-        if self.above:
-            x[:, :self.above].sub_(self.top[:height])
-        if self.below:
-            x[:, max(0, height - self.below):].sub_(self.bottom[max(0, self.below - height):])
-        rows = x.reshape(-1, x.shape[-1])
-        _IN_PLACE[self.act](rows)
-        return rows
+    def _convolve(self, onednn: bool, act: Optional[str]) -> Function:
+        weight, bias, stride, padding, groups = self.weight, self.bias, self.stride, self.padding, self.groups
+        channels_last, dilation, last = torch.channels_last, (1, 1), _LAST[act]
+        if onednn and padding != 'same':
+            convolution = torch.ops.mkldnn._convolution_pointwise.default
+            # without a size of images it takes a slower layout; which size makes no difference
+            size = (1, weight.shape[1] * groups, 32 * stride[0], 32 * stride[1])
+            weight = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, size)
+
+            def convolve(x: torch.Tensor) -> torch.Tensor:
+                x = convolution(x.permute(0, 3, 1, 2), weight, bias, padding, stride, dilation, groups, *last)
+                return x.contiguous(memory_format=channels_last).permute(0, 2, 3, 1)
+        else:
+            in_place = _IN_PLACE.get(act, lambda x: x)
+
+            def convolve(x: torch.Tensor) -> torch.Tensor:
+                x = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride, padding, dilation, groups)
+                return in_place(x.contiguous(memory_format=channels_last).permute(0, 2, 3, 1))
+
+        return convolve
+
+    def prepare(self, onednn: bool) -> Function:
+        return self._convolve(onednn, self.act)
 
 
-def _spatial(mixing: nn.Module, dtype: torch.dtype) -> Tuple[nn.ModuleList, Optional[Affine]]:
-    """ Convolutions of spatial mixing and the affine after the last one; that of the first goes into the second."""
-    convs, affine = nn.ModuleList(), ()
-    if isinstance(mixing, nn.Identity):
-        return convs, None
-    for n in range(1, 3):
-        if hasattr(mixing, f'conv{n}'):
-            conv, act, norm = (getattr(mixing, f'{name}{n}') for name in ('conv', 'act', 'norm'))
-            convs.append(Convolution(conv, act, dtype, *affine))
-            affine = fold_affine(norm)
-    return convs, Affine(*affine)
+class AffineConvolution(Convolution):
+    """ A depthwise k x 1 convolution after an affine, which is folded into it, with activation.
 
+    Zero padding comes after the affine: rows at the border lack a part of the shift, which goes into the bias.
 
-def _images(rows: torch.Tensor, shape: Tuple[int, ...]) -> torch.Tensor:
-    """ Rows as images (N, C, H, W) in channels_last of another's shape, but for the number of channels."""
-    N, _, H, W = shape
-    return rows.view(N, H, W, rows.shape[1]).permute(0, 3, 1, 2)
+    Args:
+        weight: Weights (C, 1, k, 1).
+        bias: Biases (C,).
+        scale: Scale of each channel.
+        shift: Its shift.
+        dtype: Data type of images, weights and biases.
+        act: Activation, as `activation` names it.
+    """
+
+    def __init__(
+            self,
+            weight: torch.Tensor,
+            bias: torch.Tensor,
+            scale: torch.Tensor,
+            shift: torch.Tensor,
+            dtype: torch.dtype,
+            act: str,
+    ):
+        parts = weight[:, 0, :, 0].T.float() * shift  # (k, C)
+        super().__init__(
+            weight.float() * scale.view(-1, 1, 1, 1), bias.float() + parts.sum(0), dtype, padding='same',
+            groups=len(weight), act=act)
+        self.above = (len(parts) - 1) // 2
+        self.below = len(parts) - 1 - self.above
+        # what the rows of the kernel beyond the border would add, for each of the rows that has such
+        top = [parts[:self.above - h].sum(0) for h in range(self.above)]
+        bottom = [parts[len(parts) - 1 - h:].sum(0) for h in range(self.below)]
+        for name, rows in (('top', top), ('bottom', bottom)):
+            self.register_buffer(name, torch.stack(rows)[:, None].to(dtype) if rows else None)
+
+    def prepare(self, onednn: bool) -> Function:
+        above, below, top, bottom = self.above, self.below, self.top, self.bottom
+        convolve, in_place = self._convolve(onednn, None), _IN_PLACE[self.act]
+
+        def affine_convolution(x: torch.Tensor) -> torch.Tensor:
+            x = convolve(x)
+            height = x.shape[1]
+            if above:
+                x[:, :above].sub_(top if height >= above else top[:height])
+            if below:
+                x[:, max(0, height - below):].sub_(bottom if height >= below else bottom[below - height:])
+            return in_place(x)
+
+        return affine_convolution
 
 
 class Stage(nn.Module):
-    """ Pointwise convolutions that read the same rows (M, C) and write them.
+    """ Pointwise convolutions of images (N, H, W, C), which they overwrite, then activation.
 
     Args:
         products: As `segments` describes them.
-        dim: Number of channels.
         dtype: Data type of the weights.
+        act: Activation of the output, as `activation` names it.
     """
 
-    def __init__(self, products, dim: int, dtype: torch.dtype):
+    def __init__(self, products: List[Product], dtype: torch.dtype, act: Optional[str] = None):
         super().__init__()
-        size = products[0].stop
-        # type III, or one product of all channels: rows of a segment each
-        self.is_shared = dim % size == 0 and all(
-            p.start == n * size and p.out == slice(p.start, p.stop) and p.weight is products[0].weight
-            for n, p in enumerate(products)) and len(products) * size == dim
-        self.parts = [(p.start, p.stop, p.out) for p in products]
-        for n, p in enumerate(products[:1] if self.is_shared else products):
-            self.register_buffer(f'weight{n}', p.weight.to(dtype, copy=True))
-            self.register_buffer(f'bias{n}', p.bias.to(dtype, copy=True))
+        self.products = nn.ModuleList(Pointwise(product, dtype) for product in products)
+        self.act = act
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.is_shared:
-            return _linear(x.view(-1, self.weight0.shape[0]), self.weight0, self.bias0).view(x.shape)
-        outs = [
-            _linear(x[:, start:stop], getattr(self, f'weight{n}'), getattr(self, f'bias{n}'))
-            for n, (start, stop, _) in enumerate(self.parts)]
-        for out, (_, _, where) in zip(outs, self.parts):
-            x[:, where] = out
-        return x
+    def prepare(self, onednn: bool) -> Function:
+        in_place = _IN_PLACE.get(self.act, lambda x: x)
+        products = [(product.prepare(onednn), product.out) for product in self.products]
+
+        def stage(x: torch.Tensor) -> torch.Tensor:
+            for out, where in [(product(x), where) for product, where in products]:
+                x[..., where] = out
+            return in_place(x)
+
+        return stage
+
+
+def _spatial(mixing: nn.Module, dtype: torch.dtype) -> Tuple[List[Convolution], Tuple[torch.Tensor, torch.Tensor]]:
+    """ Convolutions of spatial mixing and the affine after the last one; that of the first goes into the second."""
+    convs, affine = [], None
+    for n in range(1, 3):
+        if hasattr(mixing, f'conv{n}'):
+            conv, act, norm = (getattr(mixing, f'{name}{n}') for name in ('conv', 'act', 'norm'))
+            weight, bias, act = conv.weight.detach(), conv.bias.detach(), activation(act)
+            if affine is None:
+                convs.append(Convolution(weight, bias, dtype, padding='same', groups=conv.groups, act=act))
+            else:
+                convs.append(AffineConvolution(weight, bias, *affine, dtype, act))
+            affine = fold_affine(norm)
+    return convs, affine
+
+
+def _are_groups(products: List[Product], dim: int) -> bool:
+    """ Whether products are a convolution in groups, as those of types III and IV with equal segments."""
+    size = products[0].stop
+    groups = [(start, start + size, slice(start, start + size)) for start in range(0, dim, size)]
+    return [(p.start, p.stop, p.out) for p in products] == groups
+
+
+def _group(
+        products: List[Product],
+        dtype: torch.dtype,
+        act: Optional[str],
+        shift: Optional[torch.Tensor] = None,
+) -> Convolution:
+    """ Products as a convolution in groups, of what lacks a shift (C,) if given."""
+    weight, bias = (torch.cat([getattr(p, name) for p in products]) for name in ('weight', 'bias'))
+    if shift is not None:
+        bias = bias + torch.cat([p.weight.float() @ shift[p.start:p.stop] for p in products])
+    return Convolution(weight[..., None, None], bias, dtype, groups=len(products), act=act)
 
 
 class Block(nn.Module):
-    """ A block on images (N, C, H, W) in channels_last, which it may overwrite."""
+    """ A block on images (N, H, W, C), which it may overwrite."""
 
     def __init__(self, block: SplitMixerBlock, dtype: torch.dtype):
         super().__init__()
-        self.spatial_residual = block.spatial_residual
-        self.channel_residual = block.channel_residual
-        self.convs, self.spatial_affine = _spatial(block.spatial_mixing, dtype)
-        channel = block.channel_mixing
-        self.has_channel = not isinstance(channel, nn.Identity)
-        if self.has_channel:
-            dim = channel.norm.num_features
-            self.stages = nn.Sequential(*(Stage(products, dim, dtype) for products in segments(channel.mixer)))
-            self.act = activation(channel.act)
-            self.channel_affine = Affine(*fold_affine(channel.norm))
+        spatial, channel = block.spatial_mixing, block.channel_mixing
+        self.spatial, self.channel = nn.ModuleList(), nn.ModuleList()
+        self.spatial_affine = self.channel_affine = shift = None
+        if not isinstance(spatial, nn.Identity):
+            convs, (scale, shift) = _spatial(spatial, dtype)
+            self.spatial.extend(convs)
+        if not isinstance(channel, nn.Identity):
+            stages, dim = segments(channel.mixer), channel.norm.num_features
+            acts = [None] * (len(stages) - 1) + [activation(channel.act)]
+            for products, act in zip(stages, acts):
+                if not _are_groups(products, dim):
+                    self.channel.append(Stage(products, dtype, act))
+                elif self.channel or block.channel_residual:
+                    self.channel.append(_group(products, dtype, act))
+                else:  # all channels go through it and none past it: its bias has the shift of spatial mixing
+                    self.channel.append(_group(products, dtype, act, shift))
+                    shift = None
+            self.channel_affine = Affine(*fold_affine(channel.norm), block.channel_residual)
+        if self.spatial:
+            self.spatial_affine = Affine(scale, shift, block.spatial_residual)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.permute(0, 2, 3, 1).view(-1, x.shape[1])
-        if self.spatial_affine is not None:
-            y = x
-            for conv in self.convs:
-                out = conv(y)
-                y = _images(out, x.shape)
-            out = self.spatial_affine(out)
-            rows = rows.add_(out) if self.spatial_residual else out
-        if self.has_channel:
-            out = self.stages(rows.clone() if self.channel_residual else rows)
-            _IN_PLACE[self.act](out)
-            out = self.channel_affine(out)
-            rows = rows.add_(out) if self.channel_residual else out
-        return _images(rows, x.shape)
+    def prepare(self, onednn: bool) -> Function:
+        mixings = []
+        for parts, affine in ((self.spatial, self.spatial_affine), (self.channel, self.channel_affine)):
+            if affine is not None:
+                overwritten = affine.is_residual and any(isinstance(part, Stage) for part in parts)
+                mixings.append(([part.prepare(onednn) for part in parts], affine.prepare(), overwritten))
+
+        def block(x: torch.Tensor) -> torch.Tensor:
+            for functions, affine, overwritten in mixings:
+                out = x.clone() if overwritten else x
+                for function in functions:
+                    out = function(out)
+                x = affine(out, x)
+            return x
+
+        return block
 
 
 class FusedSplitMixer(FusedModel):
@@ -189,20 +308,65 @@ class FusedSplitMixer(FusedModel):
     def __init__(self, model: SplitMixer, dtype: torch.dtype):
         super().__init__(model, dtype)
         conv, act, norm = model.stem
-        self.stem = Convolution(conv, act, dtype)
+        self.stem = Convolution(
+            conv.weight.detach(), conv.bias.detach(), dtype, stride=conv.stride, act=activation(act))
         self.affine = Affine(*fold_affine(norm))
         self.blocks = nn.Sequential(*(Block(block, dtype) for block in model.blocks))
+        self._prepared: Optional[List[Function]] = None
+        self._kept = 0
         self.eval()
+
+    def _prepare(self, onednn: bool) -> List[Function]:
+        stem, affine = self.stem.prepare(onednn), self.affine.prepare()
+
+        def embed(x: torch.Tensor) -> torch.Tensor:
+            x = stem(x)
+            return affine(x, x)
+
+        return [embed, *(block.prepare(onednn) for block in self.blocks)]
+
+    def _functions(self) -> List[Function]:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return self._prepare(False)  # neither knows tensors in oneDNN's layout
+        if self._prepared is None:
+            self._prepared = self._prepare(_has_onednn(self.dtype))
+        return self._prepared
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {**self.__dict__, '_prepared': None}  # a tensor in oneDNN's layout can be neither copied nor saved
+
+    def _apply(self, *args: Any, **kwargs: Any) -> 'FusedSplitMixer':
+        self._prepared = None
+        return super()._apply(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._prepared = None
+        return super().load_state_dict(*args, **kwargs)
+
+    def _keep_memory(self, size: int) -> None:
+        """ Have the C library keep what a piece (bytes) takes, not get it from the system and return it at every call.
+
+        glibc takes chunks as large as the largest that was freed from its own memory, of which it keeps twice as much
+        as that; a block needs up to four times its images. A chunk that nothing is written to costs no time.
+        """
+        if size > self._kept:
+            self._kept = size
+            torch.empty(min(4 * size, 2**25 - 2**16), dtype=torch.uint8)  # larger ones always go back to the system
 
     def _pieces(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
         """ Features of the batch in pieces that fit the cache."""
         self._check_input(x)
         (kernel, _), (stride, _) = self.stem.weight.shape[2:], self.stem.stride
         H, W = ((size - kernel) // stride + 1 for size in x.shape[2:])
-        size = PIECE_BYTES * torch.get_num_threads() // (H * W * self.num_features * self.dtype.itemsize)
-        for piece in x.split(max(1, size)):
-            rows = self.affine(self.stem(piece.to(self.dtype, memory_format=torch.channels_last)))
-            yield self.blocks(_images(rows, (len(piece), 0, H, W)))
+        image = H * W * self.num_features * self.dtype.itemsize
+        count = max(1, PIECE_BYTES * torch.get_num_threads() // image)
+        self._keep_memory(min(count, len(x)) * image)
+        functions = self._functions()
+        for piece in x.split(count):
+            piece = piece.to(self.dtype, memory_format=torch.channels_last).permute(0, 2, 3, 1)
+            for function in functions:
+                piece = function(piece)
+            yield piece.permute(0, 3, 1, 2)
 
     @torch.no_grad()
     @torch.autocast('cpu', enabled=False)
