@@ -129,7 +129,7 @@ def _check_act_norm(name: str, act: nn.Module, norm: nn.Module) -> None:
 
 
 def _check_mixer(name: str, mixer: nn.Module) -> None:
-    if type(mixer) is nn.Sequential:
+    if type(mixer) is nn.Sequential and len(mixer):
         for child, part in mixer.named_children():
             _check_mixer(f'{name}.{child}', part)
         return

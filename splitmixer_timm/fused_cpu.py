@@ -1,13 +1,13 @@
 """ A SplitMixer for inference on a CPU: a few images at a time through all blocks, updated in place in the cache.
 
-Every operation is one of torch's own on NHWC memory. Compiled into one loop, activation and affine took longer than the
-two passes here: torch's GELU is faster than the compiler's, and the passes over what is in the cache cost little. A
-single image takes a few milliseconds, of which a quarter went to Python, to what modules do when called and to laying
-out weights for oneDNN at every call. Hence the modules here hold weights only: what runs are functions that `prepare`
-makes of them, with all that does not depend on the images done beforehand.
+Every operation is one of torch's own on NHWC memory. One loop for activation and affine, as a compiler makes of them,
+is slower than a pass for each: torch's GELU is the faster one, and passes over what is in the cache cost little. The
+modules here hold weights only. What runs are functions that `prepare` makes of them, with all that does not depend on
+the images done beforehand: laying out weights for oneDNN and calling modules would take a fifth of the few milliseconds
+that a single image does.
 """
 import platform
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,27 @@ def _has_onednn(dtype: torch.dtype) -> bool:
     if platform.machine() not in ('x86_64', 'AMD64') or not torch.backends.mkldnn.is_available():
         return False  # on other processors it was not tried
     return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _is_recorded() -> bool:
+    """ Whether operations are recorded: compiled, traced, counted or run on fake tensors, which know no such layout."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+
+
+_kept = 0  # bytes
+
+
+def _keep_memory(size: int) -> None:
+    """ Have the C library keep memory of this size (bytes), not get it from the system and return it at every call.
+
+    glibc maps large chunks apart. Once such a chunk is freed, chunks up to its size come from the heap, and twice its
+    size of free heap stays with the process; this holds for chunks of up to 32 MiB, where nothing else was set. One
+    that nothing is written to takes no time.
+    """
+    global _kept
+    if size > _kept:
+        _kept = size
+        torch.empty(min(size, 2**25 - 2**16), dtype=torch.uint8, device='cpu')
 
 
 class Affine(nn.Module):
@@ -89,8 +110,8 @@ class Convolution(nn.Module):
     """ A convolution of images (N, H, W, C).
 
     Args:
-        weight: Weights (outputs, inputs / groups, kh, kw).
-        bias: Biases (outputs,).
+        weight: Weights (outputs, inputs / groups, kh, kw), from then on its own.
+        bias: Biases (outputs,), likewise.
         dtype: Data type of images, weights and biases.
         stride: Stride.
         padding: Zero padding, or 'same'.
@@ -113,27 +134,27 @@ class Convolution(nn.Module):
         if padding == 'same' and all(size % 2 for size in kernel):
             padding = (kernel[0] // 2, kernel[1] // 2)
         self.stride, self.padding, self.groups, self.act = stride, padding, groups, act
-        self.register_buffer('weight', weight.to(dtype, copy=True))
-        self.register_buffer('bias', bias.to(dtype, copy=True))
+        self.register_buffer('weight', weight.to(dtype))
+        self.register_buffer('bias', bias.to(dtype))
 
     def _convolve(self, onednn: bool, act: Optional[str]) -> Function:
         weight, bias, stride, padding, groups = self.weight, self.bias, self.stride, self.padding, self.groups
-        channels_last, dilation, last = torch.channels_last, (1, 1), _LAST[act]
+        dilation, last = (1, 1), _LAST[act]
         if onednn and padding != 'same':
             convolution = torch.ops.mkldnn._convolution_pointwise.default
-            # without a size of images it takes a slower layout; which size makes no difference
-            size = (1, weight.shape[1] * groups, 32 * stride[0], 32 * stride[1])
+            # without a size of images it takes a slower layout; which size makes no difference, if the kernel fits
+            size = (1, weight.shape[1] * groups, *(k + 31 * s for k, s in zip(weight.shape[2:], stride)))
             weight = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, size)
 
             def convolve(x: torch.Tensor) -> torch.Tensor:
                 x = convolution(x.permute(0, 3, 1, 2), weight, bias, padding, stride, dilation, groups, *last)
-                return x.contiguous(memory_format=channels_last).permute(0, 2, 3, 1)
+                return x.permute(0, 2, 3, 1).contiguous()
         else:
             in_place = _IN_PLACE.get(act, lambda x: x)
 
             def convolve(x: torch.Tensor) -> torch.Tensor:
                 x = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride, padding, dilation, groups)
-                return in_place(x.contiguous(memory_format=channels_last).permute(0, 2, 3, 1))
+                return in_place(x.permute(0, 2, 3, 1).contiguous())
 
         return convolve
 
@@ -224,7 +245,7 @@ def _spatial(mixing: nn.Module, dtype: torch.dtype) -> Tuple[List[Convolution], 
     for n in range(1, 3):
         if hasattr(mixing, f'conv{n}'):
             conv, act, norm = (getattr(mixing, f'{name}{n}') for name in ('conv', 'act', 'norm'))
-            weight, bias, act = conv.weight.detach(), conv.bias.detach(), activation(act)
+            weight, bias, act = conv.weight.detach().clone(), conv.bias.detach().clone(), activation(act)
             if affine is None:
                 convs.append(Convolution(weight, bias, dtype, padding='same', groups=conv.groups, act=act))
             else:
@@ -270,13 +291,13 @@ class Block(nn.Module):
             for products, act in zip(stages, acts):
                 if not _are_groups(products, dim):
                     self.channel.append(Stage(products, dtype, act))
-                elif self.channel or block.channel_residual:
+                elif len(self.channel) or block.channel_residual:
                     self.channel.append(_group(products, dtype, act))
                 else:  # all channels go through it and none past it: its bias has the shift of spatial mixing
                     self.channel.append(_group(products, dtype, act, shift))
                     shift = None
             self.channel_affine = Affine(*fold_affine(channel.norm), block.channel_residual)
-        if self.spatial:
+        if len(self.spatial):
             self.spatial_affine = Affine(scale, shift, block.spatial_residual)
 
     def prepare(self, onednn: bool) -> Function:
@@ -309,11 +330,10 @@ class FusedSplitMixer(FusedModel):
         super().__init__(model, dtype)
         conv, act, norm = model.stem
         self.stem = Convolution(
-            conv.weight.detach(), conv.bias.detach(), dtype, stride=conv.stride, act=activation(act))
+            conv.weight.detach().clone(), conv.bias.detach().clone(), dtype, stride=conv.stride, act=activation(act))
         self.affine = Affine(*fold_affine(norm))
         self.blocks = nn.Sequential(*(Block(block, dtype) for block in model.blocks))
-        self._prepared: Optional[List[Function]] = None
-        self._kept = 0
+        self._prepared: Optional[Tuple[List[Function], List[Tuple[Any, ...]]]] = None
         self.eval()
 
     def _prepare(self, onednn: bool) -> List[Function]:
@@ -326,44 +346,36 @@ class FusedSplitMixer(FusedModel):
         return [embed, *(block.prepare(onednn) for block in self.blocks)]
 
     def _functions(self) -> List[Function]:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return self._prepare(False)  # neither knows tensors in oneDNN's layout
-        if self._prepared is None:
-            self._prepared = self._prepare(_has_onednn(self.dtype))
-        return self._prepared
+        """ What runs, made anew where a tensor was changed or replaced."""
+        if self._prepared is None or any(
+                buffers.get(name) is not tensor or version is not None and tensor._version != version
+                for buffers, name, tensor, version in self._prepared[1]):
+            state = [
+                (module._buffers, name, tensor, None if tensor.is_inference() else tensor._version)
+                for part in (self.stem, self.affine, self.blocks) for module in part.modules()
+                for name, tensor in module._buffers.items() if tensor is not None]
+            self._prepared = self._prepare(_has_onednn(self.dtype)), state
+        return self._prepared[0]
 
     def __getstate__(self) -> Dict[str, Any]:
         return {**self.__dict__, '_prepared': None}  # a tensor in oneDNN's layout can be neither copied nor saved
 
-    def _apply(self, *args: Any, **kwargs: Any) -> 'FusedSplitMixer':
-        self._prepared = None
-        return super()._apply(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        self._prepared = None
-        return super().load_state_dict(*args, **kwargs)
-
-    def _keep_memory(self, size: int) -> None:
-        """ Have the C library keep what a piece (bytes) takes, not get it from the system and return it at every call.
-
-        glibc takes chunks as large as the largest that was freed from its own memory, of which it keeps twice as much
-        as that; a block needs up to four times its images. A chunk that nothing is written to costs no time.
-        """
-        if size > self._kept:
-            self._kept = size
-            torch.empty(min(4 * size, 2**25 - 2**16), dtype=torch.uint8)  # larger ones always go back to the system
-
-    def _pieces(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
-        """ Features of the batch in pieces that fit the cache."""
-        self._check_input(x)
+    def _split(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+        """ A batch in pieces whose features fit the cache."""
         (kernel, _), (stride, _) = self.stem.weight.shape[2:], self.stem.stride
         H, W = ((size - kernel) // stride + 1 for size in x.shape[2:])
         image = H * W * self.num_features * self.dtype.itemsize
         count = max(1, PIECE_BYTES * torch.get_num_threads() // image)
-        self._keep_memory(min(count, len(x)) * image)
-        functions = self._functions()
-        for piece in x.split(count):
-            piece = piece.to(self.dtype, memory_format=torch.channels_last).permute(0, 2, 3, 1)
+        _keep_memory(4 * min(count, len(x)) * image)  # what a block takes at most
+        return x.split(count)
+
+    def _pieces(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        """ Features of the batch, a few images at a time."""
+        self._check_input(x)
+        is_recorded = _is_recorded()
+        functions = self._prepare(False) if is_recorded else self._functions()
+        for piece in (x,) if is_recorded else self._split(x):
+            piece = piece.permute(0, 2, 3, 1).to(self.dtype, memory_format=torch.contiguous_format)
             for function in functions:
                 piece = function(piece)
             yield piece.permute(0, 3, 1, 2)
@@ -372,12 +384,22 @@ class FusedSplitMixer(FusedModel):
     @torch.autocast('cpu', enabled=False)
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """ Images (N, in_chans, H, W) to features (N, dim, H / stride, W / stride), in channels_last."""
-        return torch.cat(list(self._pieces(x)))
+        features, start = None, 0
+        for piece in self._pieces(x):
+            if len(piece) == len(x):
+                return piece
+            if features is None:
+                size = (len(x), *piece.shape[1:])
+                features = torch.empty(size, dtype=self.dtype, device='cpu', memory_format=torch.channels_last)
+            features[start:start + len(piece)] = piece
+            start += len(piece)
+        return features
 
     @torch.no_grad()
     @torch.autocast('cpu', enabled=False)
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.forward_head(features) for features in self._pieces(x)])
+        logits = [self.forward_head(features) for features in self._pieces(x)]
+        return logits[0] if len(logits) == 1 else torch.cat(logits)
 
 
 def build(model: SplitMixer, dtype: torch.dtype) -> FusedSplitMixer:
@@ -393,4 +415,6 @@ def build(model: SplitMixer, dtype: torch.dtype) -> FusedSplitMixer:
     if dtype not in (torch.float32, torch.bfloat16):
         raise Unsupported(f'{dtype} on a CPU')
     check_supported(model)
-    return FusedSplitMixer(model, dtype)
+    fused = FusedSplitMixer(model, dtype)
+    fused._functions()  # now, not at the first call
+    return fused

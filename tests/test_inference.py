@@ -98,6 +98,11 @@ class TestSameOutputs:
         assert difference(fused, model, images) < 1e-5
         assert difference(fused.forward_features, model.forward_features, images) < 1e-5
 
+    @pytest.mark.parametrize(('patch_size', 'patch_stride'), [(34, 1), (40, None)])
+    def test_large_patches(self, patch_size, patch_stride):
+        model = build(patch_size=patch_size, patch_stride=patch_stride)
+        assert difference(optimize_for_inference(model), model, torch.randn(2, 3, 90, 80)) < 1e-5
+
     def test_no_images(self):
         model = build()
         images = torch.randn(0, 3, 16, 16)
@@ -169,7 +174,8 @@ class TestInterface:
         fused = optimize_for_inference(build())
         assert not fused.training
         assert not any(p.requires_grad for p in fused.parameters())
-        assert not fused(images).requires_grad
+        assert not fused(images.clone().requires_grad_()).requires_grad
+        assert not fused.forward_features(images.clone().requires_grad_()).requires_grad
         assert fused.eval() is fused
         with pytest.raises(RuntimeError, match='inference only'):
             fused.train()
@@ -194,29 +200,55 @@ class TestInterface:
 
     @pytest.mark.parametrize('kind', ['i', 'iv'])
     def test_loads_weights(self, kind, images):
-        fused, other = (optimize_for_inference(randomize(build(channel_mixing=kind), seed=seed)) for seed in (1, 2))
-        assert not torch.equal(fused(images), other(images))
-        fused.load_state_dict(other.state_dict())
-        assert torch.equal(fused(images), other(images))
+        """ However weights get in, the functions made of those before are not used any more."""
+        def fused(seed):
+            return optimize_for_inference(randomize(build(channel_mixing=kind), seed=seed))
+
+        state, expected, other = fused(2).state_dict(), fused(2)(images), fused(1)(images)
+        assert not torch.equal(expected, other)
+        alone, part, changed, swapped = (fused(1) for _ in range(4))
+        alone.load_state_dict(state)
+        nn.Sequential(part).load_state_dict({f'0.{name}': tensor for name, tensor in state.items()}, assign=True)
+        for name, tensor in changed.state_dict().items():
+            tensor.copy_(state[name])
+        for same in (alone, part, changed):
+            assert torch.equal(same(images), expected)
+        assert torch.equal(torch.func.functional_call(swapped, state, images), expected)
+        assert torch.equal(swapped(images), other)
+
+    @pytest.mark.skipif(not fused_cpu._has_onednn(torch.float32), reason='needs oneDNN on x86')
+    @pytest.mark.parametrize(('kind', 'linears', 'convs'), [('i', 1, 2), ('iii', 0, 3), ('iv', 0, 3), ('v', 2, 2)])
+    def test_prepared(self, kind, linears, convs, images):
+        """ oneDNN's operations, on weights that no call lays out again; types III and IV are one convolution each."""
+        fused = optimize_for_inference(build(channel_mixing=kind))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            fused(images)
+        names = [event.name for event in profile.events()]
+        assert names.count('mkldnn::_convolution_pointwise') == 1 + 3 * convs
+        assert names.count('mkldnn::_linear_pointwise') == 3 * linears
+        assert not any('reorder' in name for name in names)
 
     @pytest.mark.parametrize('kind', ['i', 'iii', 'iv'])
     def test_traced_and_exported(self, kind, images):
+        """ For other sizes of batch and images, too."""
         fused = optimize_for_inference(build(channel_mixing=kind))
-        expected = fused(images)
-        traced = torch.jit.trace(fused, images)
-        file = io.BytesIO()
+        traced, file = torch.jit.trace(fused, images[:1]), io.BytesIO()
         torch.jit.save(traced, file)
         file.seek(0)
-        exported = torch.export.export(fused, (images,)).module()
+        dims = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+        exported = torch.export.export(fused, (images,), dynamic_shapes=(dims,)).module()
         for same in (torch.jit.load(file), exported):
-            torch.testing.assert_close(same(images), expected, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(same(images), fused(images), rtol=1e-5, atol=1e-6)
+        more = torch.randn(5, 3, 22, 20)
+        torch.testing.assert_close(exported(more), fused(more), rtol=1e-5, atol=1e-6)
 
     @pytest.mark.compile
     def test_compiled(self, images):
         fused = optimize_for_inference(build(channel_mixing='iv'))
         torch.compiler.reset()
-        compiled = torch.compile(fused, backend='aot_eager')
-        torch.testing.assert_close(compiled(images), fused(images), rtol=1e-5, atol=1e-6)
+        compiled = torch.compile(fused, backend='aot_eager', fullgraph=True)
+        for size in (2, 1):
+            torch.testing.assert_close(compiled(images[:size]), fused(images[:size]), rtol=1e-5, atol=1e-6)
 
     @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='about the memory allocator of glibc')
     def test_memory_is_kept(self):
@@ -367,6 +399,12 @@ def circular():
     return model.eval()
 
 
+def no_mixer():
+    model = build()
+    model.blocks[0].channel_mixing.mixer = nn.Sequential()
+    return model.eval()
+
+
 def own_drop_path():
     model = build()
     model.blocks[0].drop_path = Gate()
@@ -397,7 +435,7 @@ class TestCustomised:
     @pytest.mark.parametrize('make', [
         lambda: randomize(OwnHead(24, 2, num_classes=10)), lambda: adapted('i'), lambda: adapted('iii'),
         lambda: adapted('iv'), gated_mixing, gated_block, gate_at_the_end, circular, patched,
-        own_drop_path, lambda: replaced('stem'), lambda: replaced('conv'),
+        own_drop_path, no_mixer, lambda: replaced('stem'), lambda: replaced('conv'),
     ])
     def test_falls_back(self, make, images):
         model = make()
