@@ -7,6 +7,7 @@ import torch
 from conftest import ROOT
 from torch import nn
 
+from splitmixer_timm import fused_cpu
 from splitmixer_timm.benchmark import Settings, build_model, make_images
 from splitmixer_timm.complexity import measure_complexity
 
@@ -94,17 +95,21 @@ def test_measure():
 
 def test_forms(run, tmp_path, monkeypatch):
     """ Before and after: the same products, fewer passes over the features."""
-    models = ['--models', 'splitmixer_iv_256_8_ks7_p7', 'convmixer_256_8_ks7_p7']
+    models = ['--models', 'splitmixer_iv_256_8_ks7_p7', 'splitmixer_i_256_8_ks7_p7', 'convmixer_256_8_ks7_p7']
     assert run(*models, '--forms', 'plain', 'created', 'optimized')[0] == 0
     path, = tmp_path.iterdir()
     rows = roofline.RooflineResults(path).rows.values()
-    by_kind = {(row['kind'], row['form']): row for row in rows if row['model'].startswith('splitmixer')}
-    assert len({by_kind[roofline.FORWARD, form]['operations'] for form in roofline.FORMS}) == 1
-    assert [by_kind['norm', form]['calls'] for form in roofline.FORMS] == ['25', '25', '17']
+    for kind in ('i', 'iv'):
+        by_kind = {(row['kind'], row['form']): row for row in rows if row['model'].startswith(f'splitmixer_{kind}_')}
+        assert len({by_kind[roofline.FORWARD, form]['operations'] for form in roofline.FORMS}) == 1
+        assert [by_kind['norm', form]['calls'] for form in roofline.FORMS] == ['25', '25', '17']
+    if fused_cpu._has_onednn(torch.float32):  # convolutions of type IV have the activation in them but where k x 1
+        assert by_kind['activation', 'optimized']['calls'] == '8'
     assert {row['form'] for row in rows if row['model'].startswith('convmixer')} == {'created'}
     monkeypatch.setattr(report, 'RESULTS_DIR', tmp_path)
     names = [line.split('|')[1].strip() for line in report.roofline_tables().splitlines() if line.startswith('|')]
-    assert names[2:] == ['ConvMixer', 'IV, s = 2, plain', 'IV, s = 2', 'IV, s = 2, optimized']
+    kinds = ('I, α = 2/3', 'IV, s = 2')
+    assert names[2:] == ['ConvMixer', *(f'{kind}{form}' for kind in kinds for form in (', plain', '', ', optimized'))]
 
 
 @pytest.fixture
