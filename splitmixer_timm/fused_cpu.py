@@ -3,8 +3,8 @@
 Every operation is one of torch's own on NHWC memory. One loop for activation and affine, as a compiler makes of them,
 is slower than a pass for each: torch's GELU is the faster one, and passes over what is in the cache cost little. The
 modules here hold weights only. What runs are functions that `prepare` makes of them, with all that does not depend on
-the images done beforehand: laying out weights for oneDNN and calling modules would take a fifth of the few milliseconds
-that a single image does.
+the images done beforehand: of the few milliseconds of a single image, laying out weights for oneDNN and calling modules
+would be a good part.
 """
 import platform
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union

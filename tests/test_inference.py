@@ -252,7 +252,7 @@ class TestInterface:
 
     @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='about the memory allocator of glibc')
     def test_memory_is_kept(self):
-        """ Memory that goes back to the system at every call makes a batch up to three times slower."""
+        """ Memory that goes back to the system at every call makes the next one slower."""
         code = textwrap.dedent("""
             import resource, torch
             from splitmixer_timm import SplitMixer, optimize_for_inference
