@@ -1,10 +1,8 @@
 """ A SplitMixer for inference on a CPU: a few images at a time through all blocks, updated in place in the cache.
 
-Every operation is one of torch's own on NHWC memory. One loop for activation and affine, as a compiler makes of them,
-is slower than a pass for each: torch's GELU is the faster one, and passes over what is in the cache cost little. The
-modules here hold weights only. What runs are functions that `prepare` makes of them, with all that does not depend on
-the images done beforehand: of the few milliseconds of a single image, laying out weights for oneDNN and calling modules
-would be a good part.
+Every operation is one of torch's own on NHWC memory. The modules here hold weights only. What runs are functions that
+`prepare` makes of them, with all done beforehand that does not depend on the images: no call lays out weights for
+oneDNN, looks up buffers, or calls modules.
 """
 import platform
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
@@ -20,7 +18,7 @@ __all__ = ['FusedSplitMixer', 'build']
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 
-_IN_PLACE = {'gelu': torch.ops.aten.gelu_.default, 'relu': torch.ops.aten.relu_.default}
+_IN_PLACE = {None: lambda x: x, 'gelu': torch.ops.aten.gelu_.default, 'relu': torch.ops.aten.relu_.default}
 # attributes of oneDNN's operations for what they do last
 _LAST = {None: ('none', (), ''), 'gelu': ('gelu', (), 'none'), 'relu': ('relu', (), '')}
 
@@ -150,7 +148,7 @@ class Convolution(nn.Module):
                 x = convolution(x.permute(0, 3, 1, 2), weight, bias, padding, stride, dilation, groups, *last)
                 return x.permute(0, 2, 3, 1).contiguous()
         else:
-            in_place = _IN_PLACE.get(act, lambda x: x)
+            in_place = _IN_PLACE[act]
 
             def convolve(x: torch.Tensor) -> torch.Tensor:
                 x = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride, padding, dilation, groups)
@@ -228,7 +226,7 @@ class Stage(nn.Module):
         self.act = act
 
     def prepare(self, onednn: bool) -> Function:
-        in_place = _IN_PLACE.get(self.act, lambda x: x)
+        in_place = _IN_PLACE[self.act]
         products = [(product.prepare(onednn), product.out) for product in self.products]
 
         def stage(x: torch.Tensor) -> torch.Tensor:
@@ -347,15 +345,16 @@ class FusedSplitMixer(FusedModel):
 
     def _functions(self) -> List[Function]:
         """ What runs, made anew where a tensor was changed or replaced."""
-        if self._prepared is None or any(
+        prepared = self._prepared  # as other threads may replace it
+        if prepared is None or any(
                 buffers.get(name) is not tensor or version is not None and tensor._version != version
-                for buffers, name, tensor, version in self._prepared[1]):
+                for buffers, name, tensor, version in prepared[1]):
             state = [
                 (module._buffers, name, tensor, None if tensor.is_inference() else tensor._version)
                 for part in (self.stem, self.affine, self.blocks) for module in part.modules()
                 for name, tensor in module._buffers.items() if tensor is not None]
-            self._prepared = self._prepare(_has_onednn(self.dtype)), state
-        return self._prepared[0]
+            self._prepared = prepared = self._prepare(_has_onednn(self.dtype)), state
+        return prepared[0]
 
     def __getstate__(self) -> Dict[str, Any]:
         return {**self.__dict__, '_prepared': None}  # a tensor in oneDNN's layout can be neither copied nor saved

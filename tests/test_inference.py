@@ -181,15 +181,7 @@ class TestInterface:
             fused.train()
 
     def test_copies(self, images):
-        fused = optimize_for_inference(build())
-        file = io.BytesIO()
-        torch.save(fused, file)
-        file.seek(0)
-        for same in (copy.deepcopy(fused), torch.load(file, weights_only=False)):
-            assert torch.equal(same(images), fused(images))
-
-    def test_copies_after_use(self, images):
-        """ The weights in oneDNN's layout, which are made at the first call, cannot be copied."""
+        """ Weights in oneDNN's layout have no copies and are made anew."""
         fused = optimize_for_inference(build())
         expected = fused(images)
         file = io.BytesIO()
