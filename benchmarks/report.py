@@ -168,27 +168,35 @@ def gains_tables() -> str:
     """ Every device: how many times the plain model's images a second, in inference with a batch."""
     parts = []
     for path in sorted(RESULTS_DIR.glob('*.speed.csv')):
-        rows = [row for row in SpeedResults(path).rows.values() if row['mode'] == 'infer' and row['batch_size'] != '1']
-        gains: Dict[str, Dict[str, Dict[str, str]]] = {}
-        for row in rows:
-            gains.setdefault(row['model'], {}).setdefault(row['form'], {})[row['memory']] = row
-        memories = list(dict.fromkeys(row['memory'] for row in rows))
-        forms = [form for form in INFERENCE if form != 'plain' and any(form in by_form for by_form in gains.values())]
-        lines = []
-        for model, by_form in gains.items():
-            line = [f'`{model}`']
-            for form in forms:
-                cells = []
-                for memory in memories:
-                    row, plain = by_form.get(form, {}).get(memory), by_form['plain'].get(memory)
-                    known = row and plain and not row['error'] and not plain['error']
-                    cells.append(f'{float(plain["seconds"]) / float(row["seconds"]):.1f}' if known else '-')
-                line.append(' / '.join(cells))
-            lines.append(line)
-        title = f'{rows[0]["device"]}, batch {rows[0]["batch_size"]}'
-        title += f', memory {" / ".join(memories)}' if any(memories) else ''
-        parts += [table([title, *forms], lines), f'{reports.source(rows)}.']
+        batches: Dict[str, List[Dict[str, str]]] = {}
+        for row in SpeedResults(path).rows.values():
+            if row['mode'] == 'infer' and row['batch_size'] != '1':
+                batches.setdefault(row['batch_size'], []).append(row)
+        for rows in batches.values():
+            parts += [gains_table(rows), f'{reports.source(rows)}.']
     return '\n\n'.join(parts) or NOTHING
+
+
+def gains_table(rows: List[Dict[str, str]]) -> str:
+    gains: Dict[str, Dict[str, Dict[str, str]]] = {}
+    for row in rows:
+        gains.setdefault(row['model'], {}).setdefault(row['form'], {})[row['memory']] = row
+    memories = list(dict.fromkeys(row['memory'] for row in rows))
+    forms = [form for form in INFERENCE if form != 'plain' and any(form in by_form for by_form in gains.values())]
+    lines = []
+    for model, by_form in gains.items():
+        line = [f'`{model}`']
+        for form in forms:
+            cells = []
+            for memory in memories:
+                row, plain = (by_form.get(name, {}).get(memory) for name in (form, 'plain'))
+                known = row and plain and not row['error'] and not plain['error']
+                cells.append(f'{float(plain["seconds"]) / float(row["seconds"]):.1f}' if known else '-')
+            line.append(' / '.join(cells))
+        lines.append(line)
+    title = f'{rows[0]["device"]}, batch {rows[0]["batch_size"]}'
+    title += f', memory {" / ".join(memories)}' if any(memories) else ''
+    return table([title, *forms], lines)
 
 
 def forms_table(rows: List[Dict[str, str]]) -> str:

@@ -8,7 +8,8 @@ the zoo is touched before all of that succeeded.
     python -m splitmixer_timm.add_run splitmixer_i_256_8.cifar10 RUN_DIR --dataset cifar10 \\
         --data-dir DATA --scripts TIMM_CHECKOUT --recipe 'four epochs, flips only'
 
-Run it on the machine, and in the environment, that trained: those are what the entry names. Needs the `bench` extra.
+What `train_zoo` trained can be added anywhere. A run that train.py was started for by hand is added on the machine, and
+in the environment, that trained: those are what the entry names. Needs the `bench` extra.
 """
 import argparse
 import csv
@@ -16,7 +17,6 @@ import datetime
 import hashlib
 import io
 import json
-import os
 import runpy
 import subprocess
 import sys
@@ -34,8 +34,10 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from . import manifest
 from .machine import device_name
+from .run import environment
 from .runs import (
     LOCAL_ARGS,
+    MADE_ON,
     PATH_ARGS,
     checkpoint_epoch,
     finished_epochs,
@@ -69,6 +71,23 @@ def timm_version(scripts: Path) -> str:
     """ Version of timm that a script in a folder finds: a checkout has its own beside its scripts."""
     own = scripts / 'timm' / 'version.py'
     return runpy.run_path(str(own))['__version__'] if own.is_file() else timm.__version__
+
+
+def made_on(run_dir: Path, device: str, scripts: Path) -> Dict[str, str]:
+    """ Machine and versions that a run was made on, as `train_zoo` kept them; these here where it did not.
+
+    Raises:
+        ValueError: If nothing was kept, and the run was made on a device that is not here.
+    """
+    file = run_dir / MADE_ON
+    if not file.is_file():
+        try:
+            return dict(machine=device_name(device), torch=torch.__version__, timm=timm_version(scripts))
+        except (AssertionError, RuntimeError) as e:  # torch without CUDA, or no GPU
+            raise ValueError(
+                f'{run_dir} was trained on {device}, which is not here: add it on the machine that trained it') from e
+    parts = yaml.safe_load(file.read_text(encoding='utf-8'))
+    return {key: ' and '.join(dict.fromkeys(part[key] for part in parts)) for key in ('machine', 'torch', 'timm')}
 
 
 def read_weights(run_dir: Path) -> Dict[str, torch.Tensor]:
@@ -122,7 +141,7 @@ def validate(
     """ Result of timm's validate.py on the official test set."""
     results = weights.with_suffix('.json')
     # on a GPU validate.py allows products in TF32, which is not the fp32 that the entry tells of
-    env = {**os.environ, 'NVIDIA_TF32_OVERRIDE': '0'}
+    env = environment(NVIDIA_TF32_OVERRIDE='0')
     command = [
         sys.executable, '-m', 'splitmixer_timm.run', str(scripts / 'validate.py'),
         '--model', model, '--checkpoint', str(weights), '--data-dir', str(data_dir), '--split', split,
@@ -190,7 +209,7 @@ def add_runs(
 
     Raises:
         ValueError: If a run is not finished, is of another architecture, differs from the others in more than the seed,
-            or ended in weights that are not finite.
+            ended in weights that are not finite, or was made on what nothing tells of.
         subprocess.CalledProcessError: If validate.py failed.
     """
     arch = name.partition('.')[0]
@@ -203,6 +222,7 @@ def add_runs(
         if different:
             raise ValueError(f'{other_dir} must differ from {run_dir} in the seed alone, not in {", ".join(different)}')
     rows = read_summary(run_dir)
+    made = made_on(run_dir, run_args['device'], scripts)
 
     results, contents = [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -239,9 +259,7 @@ def add_runs(
             'epochs': finished_epochs(rows),
             'seed': run_args['seed'],
             'hours': round(training_hours(run_dir), 2),
-            'machine': device_name(run_args['device']),
-            'torch': torch.__version__,
-            'timm': timm_version(scripts),
+            **made,
             'date': datetime.date.fromtimestamp((run_dir / 'last.pth.tar').stat().st_mtime).isoformat(),
         },
         'license': 'apache-2.0',

@@ -499,13 +499,15 @@ class Results:
         replace_file(self.path, text.getvalue().encode())
 
 
-def _rates_to_keep(old: Optional[Dict[str, str]], settings: Settings, versions: Dict[str, str]) -> List[float]:
+def _rates_to_keep(old: Optional[Dict[str, str]], settings: Settings, origin: Dict[str, str]) -> List[float]:
     """ Repeats of an earlier run that count: of a whole row always, of part of one if nothing changed since."""
     if old is None or old['batches'] != str(settings.batches):
         return []
     rates = [float(rate) for rate in old['rates'].split()]
     is_whole = len(rates) >= settings.repeats and not old['error']
-    return rates if is_whole or all(old[name] == versions[name] for name in VERSIONS) else []
+    is_known = not origin['commit'].endswith('+changes')  # else the code may be another with each call
+    is_same = is_known and all(old[name] == origin[name] for name in ('commit', *VERSIONS))
+    return rates if is_whole or is_same else []
 
 
 def run(rows: Sequence[Row], settings: Settings, results: Results, overwrite: bool = False) -> int:
@@ -526,11 +528,10 @@ def run(rows: Sequence[Row], settings: Settings, results: Results, overwrite: bo
     if settings.protocol == 'paper':
         settings = replace(settings, repeats=1)
     device = torch.device(settings.device)
-    versions = describe_versions(device)
-    origin = dict(date=datetime.date.today().isoformat(), commit=commit(), **versions)
+    origin = dict(date=datetime.date.today().isoformat(), commit=commit(), **describe_versions(device))
     rates = {}
     for row in rows:
-        kept = [] if overwrite else _rates_to_keep(results.rows.get(settings.key(row)), settings, versions)
+        kept = [] if overwrite else _rates_to_keep(results.rows.get(settings.key(row)), settings, origin)
         if len(kept) < settings.repeats:
             rates[row] = kept
     subjects: Dict[Row, Subject] = {}

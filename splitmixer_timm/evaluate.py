@@ -1,7 +1,8 @@
 """ Accuracy of a pretrained model on a test set in image folders. """
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Union
+from typing import Iterator, Union
 
 import torch
 from timm import create_model
@@ -13,6 +14,21 @@ from tqdm import tqdm
 __all__ = ['Accuracy', 'evaluate']
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """ Products of fp32 in fp32: torch allows convolutions on CUDA TF32 by itself, and more where it is told to."""
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul, \
+        torch.backends.mkldnn.conv
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = 'ieee'
+    try:
+        yield
+    finally:
+        for backend, precision in zip(backends, before):
+            backend.fp32_precision = precision
+
+
 @dataclass(frozen=True)
 class Accuracy:
     """ Share of images, in percent, whose class is the likeliest (top1) or among the five likeliest (top5)."""
@@ -21,6 +37,7 @@ class Accuracy:
     images: int
 
 
+@full_precision()
 @torch.inference_mode()
 def evaluate(
         model_name: str,

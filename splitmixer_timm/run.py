@@ -11,7 +11,14 @@ import os
 import runpy
 import sys
 import tokenize
-from typing import List, Optional
+from pathlib import Path
+from typing import Dict, List, Optional
+
+
+def environment(**variables: str) -> Dict[str, str]:
+    """ This process's environment, in which other Python processes find this very package, installed or not."""
+    places = [str(Path(__file__).resolve().parent.parent), os.environ.get('PYTHONPATH', '')]
+    return {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, places)), **variables}
 
 
 def main(argv: Optional[List[str]] = None) -> int:

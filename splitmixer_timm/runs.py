@@ -9,6 +9,7 @@ import torch
 import yaml
 
 FIRST_ARGS = 'args.first.yaml'  # the arguments of a run that was resumed, as they were when it began
+MADE_ON = 'made_on.yaml'  # machine and versions of each part of a run of `train_zoo`, those that differ
 
 # what in a run's arguments is a place on the machine it ran on
 PATH_ARGS = {
@@ -28,11 +29,14 @@ def read_args(run_dir: Path) -> Dict[str, Any]:
     Raises:
         ValueError: If the folder has none that can be read.
     """
-    run_args = _read_args(run_dir / 'args.yaml')
-    if (run_dir / FIRST_ARGS).is_file():
-        here = {key: value for key, value in run_args.items() if key in LOCAL_ARGS}
-        return {**_read_args(run_dir / FIRST_ARGS), **here}
-    return run_args
+    if not (run_dir / FIRST_ARGS).is_file():
+        return _read_args(run_dir / 'args.yaml')
+    run_args = _read_args(run_dir / FIRST_ARGS)
+    try:
+        here = _read_args(run_dir / 'args.yaml')
+    except ValueError:  # train.py was cut off while it wrote them anew
+        return run_args
+    return {**run_args, **{key: value for key, value in here.items() if key in LOCAL_ARGS}}
 
 
 def _read_args(path: Path) -> Dict[str, Any]:

@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from time import sleep
+from time import monotonic, sleep
 from typing import Any, Dict, List, Optional, TextIO
 
 import torch
@@ -27,9 +27,19 @@ from timm.models import is_model
 from tqdm import tqdm
 
 from . import manifest
-from .add_run import ELAPSED, add_runs, measuring, planned_epochs, read_weights, weights_content
+from .add_run import ELAPSED, add_runs, measuring, planned_epochs, read_weights, timm_version, weights_content
 from .cli import RECIPES_DIR
-from .runs import FIRST_ARGS, LOCAL_ARGS, checkpoint_epoch, finished_epochs, read_args, read_summary
+from .machine import device_name
+from .run import environment
+from .runs import (
+    FIRST_ARGS,
+    LOCAL_ARGS,
+    MADE_ON,
+    checkpoint_epoch,
+    finished_epochs,
+    read_args,
+    read_summary,
+)
 
 try:
     import fcntl
@@ -38,6 +48,7 @@ except ImportError:  # Windows
 
 KEYS = {'recipe', 'args', 'seeds'}
 POLL_SECONDS = 2.
+REPORT_SECONDS = 60.  # where there is no terminal for a progress bar
 LOCK_SECONDS = 10.  # data loaders outlive by that much a train.py that was killed
 
 
@@ -132,7 +143,8 @@ def last_checkpoint(folder: Path) -> Optional[Path]:
     """ The latest checkpoint of a run, as its last.pth.tar; None if it has none at all.
 
     train.py removes the old last.pth.tar before it renames the new one: cut off between the two, or in the middle of
-    writing, another file has the latest that can be read.
+    writing, another file has the latest that can be read. Cut off in the middle of the very first, nothing
+    is lost by beginning anew.
 
     Raises:
         RuntimeError: If there are checkpoints, and none can be read.
@@ -146,7 +158,7 @@ def last_checkpoint(folder: Path) -> Optional[Path]:
         except Exception:  # of many kinds, by where it was cut off
             continue
     if not readable:
-        if any(map(Path.is_file, files)):
+        if any(file.is_file() for file in files if file.name != 'tmp.pth.tar'):
             raise RuntimeError(f'no checkpoint can be read: remove {folder} to begin it anew')
         return None
     latest = max(readable, key=readable.get)
@@ -184,17 +196,37 @@ def check_args(run: Run) -> None:
     Raises:
         ValueError: If it was not.
     """
-    trained = read_args(run.folder)
-    different = sorted(
-        key for key, value in run.config.items()
-        if key not in LOCAL_ARGS and key in trained and trained[key] != value)
-    if different:
-        changes = ', '.join(f'{key} {trained[key]!r}, not {run.config[key]!r}' for key in different)
-        raise ValueError(f'{run.folder} was trained with {changes}: give another --output, or remove it')
+    trained, config = read_args(run.folder), run.config
+    file = run.folder / 'config.yaml'  # of the last start: where the queue has fewer arguments now, it tells of them
+    asked = (yaml.safe_load(file.read_text(encoding='utf-8')) or {}) if file.is_file() else {}
+    changes = [
+        f'{key} {trained[key]!r}, not {config[key]!r}' for key in config
+        if key not in LOCAL_ARGS and key in trained and trained[key] != config[key]
+    ] + [
+        f"{key} {trained.get(key, asked[key])!r}, not train.py's default" for key in asked
+        if key not in LOCAL_ARGS and key != 'resume' and key not in config
+    ]
+    if changes:
+        raise ValueError(
+            f'{run.folder} was trained with {", ".join(sorted(changes))}: give another --output, or remove it')
 
 
-def start(run: Run, scripts: Path) -> subprocess.Popen:
+def note_machine(folder: Path, machine: str, scripts: Path) -> None:
+    """ Keep in a run's folder what this part of it is made on, for `add_run`."""
+    file = folder / MADE_ON
+    parts = yaml.safe_load(file.read_text(encoding='utf-8')) if file.is_file() else []
+    part = dict(machine=machine, torch=str(torch.__version__), timm=timm_version(scripts))
+    if part not in parts:
+        manifest.replace_file(file, yaml.safe_dump([*parts, part]).encode())
+
+
+def start(run: Run, scripts: Path, machine: str) -> subprocess.Popen:
     """ Begin a run, or go on after its last checkpoint; what it prints is kept in its folder.
+
+    Args:
+        run: What to train.
+        scripts: Folder with timm's train.py.
+        machine: What it is trained on, as its model's entry will name it.
 
     Raises:
         RuntimeError: If the folder is in use, or its checkpoints cannot be read.
@@ -219,13 +251,14 @@ def start(run: Run, scripts: Path) -> subprocess.Popen:
             epochs = checkpoint_epoch(checkpoint) + 1
             config = {**config, 'resume': str(checkpoint), 'seed': config['seed'] + 1000 * epochs}
         else:
-            for name in ('summary.csv', FIRST_ARGS, ELAPSED):
+            for name in ('summary.csv', FIRST_ARGS, ELAPSED, MADE_ON):
                 (run.folder / name).unlink(missing_ok=True)
+        note_machine(run.folder, machine, scripts)
         manifest.replace_file(run.folder / 'config.yaml', yaml.safe_dump(config).encode())
         with open(run.folder / 'train.log', 'ab') as log:
             return subprocess.Popen(
                 [sys.executable, str(scripts / 'train.py'), '--config', str(run.folder / 'config.yaml')],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment(),
                 pass_fds=[held.fileno()] if held else ())
     finally:
         if held:
@@ -254,13 +287,20 @@ def add(model: Model, scripts: Path, data_dir: Path, device: str) -> Optional[Di
         device=device)
 
 
-def train(models: List[Model], scripts: Path, data_dir: Path, device: str, jobs: int) -> List[str]:
+def train(
+        models: List[Model],
+        scripts: Path,
+        data_dir: Path,
+        device: str,
+        machine: str,
+        jobs: int,
+) -> List[str]:
     """ Train the models, `jobs` runs at once, and add each to the zoo when its last run is finished.
 
-    Models are measured one at a time while others train.
+    Models are measured one at a time while others train. What fails is told at once, and the others go on.
 
     Returns:
-        What went wrong, a line for each run or model that failed; the others are trained all the same.
+        What went wrong, a line for each run or model that failed.
     """
     runs = [run for model in models for run in model.runs]
     planned = {run.folder: planned_epochs(run.config) for run in runs}
@@ -269,24 +309,39 @@ def train(models: List[Model], scripts: Path, data_dir: Path, device: str, jobs:
     models, failures = list(models), []
     adding: Dict[str, Future] = {}
     executor = ThreadPoolExecutor(1)
+    if (at_once := min(jobs, len(waiting))) > 1:
+        machine += f', shared by up to {at_once} runs'
     progress = tqdm(total=sum(planned.values()), unit='epoch', disable=None)
+    reported = monotonic()
+
+    def tell(line: str, file: TextIO = sys.stdout) -> None:
+        tqdm.write(line, file=file)
+        file.flush()  # whoever ends this process hard has what it told
+
+    def fail(failure: str) -> None:
+        failures.append(failure)
+        tell(f'splitmixer_timm.train_zoo: {failure}', sys.stderr)
+
     try:
         while models or adding:
             while waiting and len(running) < jobs:
                 run = waiting.pop(0)
                 try:
-                    running[run.folder] = start(run, scripts)
+                    running[run.folder] = start(run, scripts, machine)
                 except (OSError, RuntimeError, ValueError) as e:
-                    failures.append(f'{run.folder.name}: not started: {e}')
+                    fail(f'{run.folder.name}: not started: {e}')
             for folder, process in list(running.items()):
                 if process.poll() is not None:
                     del running[folder]
                     if process.returncode:
-                        failures.append(f'{folder.name}: train.py failed, see {folder / "train.log"}')
+                        fail(f'{folder.name}: train.py failed, see {folder / "train.log"}')
                     elif not any(run.folder == folder and run.is_finished(planned[folder]) for run in runs):
-                        failures.append(f'{folder.name}: train.py stopped early, see {folder / "train.log"}')
+                        fail(f'{folder.name}: train.py stopped early, see {folder / "train.log"}')
             progress.n = sum(run.done() for run in runs)
             progress.refresh()
+            if progress.disable and monotonic() - reported >= REPORT_SECONDS:
+                reported = monotonic()
+                tell(f'{progress.n} of {progress.total} epochs, {len(running)} runs at work')
             busy = {*running, *(run.folder for run in waiting)}
             ended = [model for model in models if not any(run.folder in busy for run in model.runs)]
             for model in ended:
@@ -294,14 +349,14 @@ def train(models: List[Model], scripts: Path, data_dir: Path, device: str, jobs:
                 if all(run.is_finished(planned[run.folder]) for run in model.runs):
                     adding[model.name] = executor.submit(add, model, scripts, data_dir, device)
                 elif not any(failure.startswith(f'{run.folder.name}: ') for failure in failures for run in model.runs):
-                    failures.append(f'{model.name}: not added: its runs are not finished')
+                    fail(f'{model.name}: not added: its runs are not finished')
             for name in [name for name, future in adding.items() if future.done()]:
                 try:
                     entry = adding.pop(name).result()
                     if entry:
-                        tqdm.write(f'{name}: top-1 {entry["metrics"]["top1"]:.2f} %')
+                        tell(f'{name}: top-1 {entry["metrics"]["top1"]:.2f} %')
                 except Exception as e:  # the others go on, whatever a run has amiss
-                    failures.append(f'{name}: not added: {type(e).__name__}: {e}')
+                    fail(f'{name}: not added: {type(e).__name__}: {e}')
             if models or adding:
                 sleep(POLL_SECONDS)
     finally:
@@ -356,11 +411,12 @@ def main(argv: Optional[List[str]] = None) -> int:
         for split in ('train', 'validation'):
             if not (args.data_dir / dataset / split).is_dir():
                 parser.error(f'--data-dir must have image folders {dataset}/{split}, {args.data_dir} has not')
+    try:
+        machine = device_name(args.device)
+    except (AssertionError, RuntimeError) as e:  # torch without CUDA, or no GPU
+        parser.error(f'--device must be one that is here, got {args.device}: {e}')
     signal.signal(signal.SIGTERM, _end)
-    failures = train(models, args.scripts, args.data_dir, args.device, args.jobs)
-    for failure in failures:
-        print(f'splitmixer_timm.train_zoo: {failure}', file=sys.stderr)
-    return 1 if failures else 0
+    return 1 if train(models, args.scripts, args.data_dir, args.device, machine, args.jobs) else 0
 
 
 if __name__ == '__main__':

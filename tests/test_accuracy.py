@@ -9,7 +9,7 @@ import torch
 from conftest import DATA_DIR
 from torch.utils.data import DataLoader
 
-from splitmixer_timm import cli, manifest, optimize_for_inference
+from splitmixer_timm import SplitMixer, cli, manifest, optimize_for_inference
 from splitmixer_timm.evaluate import Accuracy, evaluate
 
 pytestmark = pytest.mark.data
@@ -53,6 +53,30 @@ def test_optimized_answers_alike(test_set):
             assert torch.equal(logits.argmax(1), expected.argmax(1))
             seen += len(images)
     assert seen == 10_000
+
+
+def test_full_precision(test_set, monkeypatch):
+    """ No TF32, which torch allows convolutions on CUDA by itself; afterwards all is as it was."""
+    def precisions():
+        return torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+
+    def answer(self, x):
+        seen.append(precisions())
+        return torch.zeros(len(x), 10)
+
+    monkeypatch.setattr(SplitMixer, 'forward', answer)
+    before, asked = precisions(), torch.get_float32_matmul_precision()
+    try:
+        for precision in ('highest', 'high'):
+            torch.set_float32_matmul_precision(precision)
+            now, seen = precisions(), []
+            evaluate(NAME, test_set, batch_size=5000)
+            assert set(seen) == {('ieee', 'ieee')}
+            assert precisions() == now
+            assert torch.get_float32_matmul_precision() == precision
+        assert now != before
+    finally:
+        torch.set_float32_matmul_precision(asked)
 
 
 class TestVerifyData:

@@ -7,7 +7,6 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -45,7 +44,6 @@ def run(tmp_path, monkeypatch):
     zoo.mkdir()
     (zoo / 'manifest.json').write_text(json.dumps(dict(hf_hub_org='', base_url='', models={})))
     monkeypatch.setattr(manifest, 'WEIGHTS_DIR', zoo)
-    monkeypatch.setenv('PYTHONPATH', str(ROOT))
     run_dir = tmp_path / 'run'
     run_dir.mkdir()
     (run_dir / 'args.yaml').write_text(yaml.safe_dump(args))
@@ -204,6 +202,16 @@ def test_measured_in_fp32(run):
     """ On a GPU validate.py would allow TF32."""
     run.validate.write_text("import os; assert os.environ['NVIDIA_TF32_OVERRIDE'] == '0'" + run.validate.read_text())
     run.add()
+
+
+def test_made_on_a_device_that_is_not_here(run, capsys):
+    """ Told before anything is measured."""
+    args = yaml.safe_load((run.path / 'args.yaml').read_text())
+    (run.path / 'args.yaml').write_text(yaml.safe_dump({**args, 'device': 'cuda:99'}))
+    run.validate.unlink()
+    with pytest.raises(SystemExit):
+        run.add()
+    assert f'{run.path} was trained on cuda:99, which is not here' in capsys.readouterr().err
 
 
 def test_other_architecture(run, capsys):

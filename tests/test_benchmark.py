@@ -68,7 +68,8 @@ def clock(monkeypatch):
 
 
 @pytest.fixture
-def results(tmp_path):
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, 'commit', lambda: 'a')  # of a checkout without changes
     return Results(tmp_path / 'results.csv')
 
 
@@ -306,6 +307,18 @@ class TestResume:
         run(ROWS[:1], replace(TINY, repeats=5), results)
         assert len(measured) == 5
         assert rows_of(results)[0]['rates'].startswith(f'{first} ')
+
+    @pytest.mark.parametrize('now', ['b', 'a+changes'])
+    def test_part_of_a_row_by_other_code(self, results, measured, monkeypatch, now):
+        """ A row is of one commit; a whole one stays as it is."""
+        run(ROWS[:1], replace(TINY, repeats=2), results)
+        monkeypatch.setattr(benchmark, 'commit', lambda: now)
+        run(ROWS[:1], replace(TINY, repeats=2), results)
+        assert len(measured) == 2
+        run(ROWS[:1], TINY, results)
+        assert len(measured) == 5
+        assert rows_of(results)[0]['commit'] == now
+        assert len(rows_of(results)[0]['rates'].split()) == 3
 
     @pytest.mark.parametrize(('change', 'overwrite'), [(dict(), True), (dict(batches=1), False)])
     def test_replaces(self, results, measured, change, overwrite):

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import yaml
+from conftest import ROOT
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.transforms_factory import create_transform
@@ -32,14 +33,15 @@ ABLATIONS = {
     'cifar10_no_randaugment': {'aa': None},
     'cifar10_no_clipping': {'clip_grad': None},
 }
-# all that train.py has arguments for, from the record of a real run
+# all that train.py has arguments for, where none is given and in the record of a real run
+DEFAULTS = yaml.safe_load((ROOT / 'tests' / 'assets' / 'train_defaults.yaml').read_text())
 RUN_ARGS = yaml.safe_load((manifest.WEIGHTS_DIR / 'runs' / 'splitmixer_i_256_8.cifar10' / 'args.yaml').read_text())
 
 
 def build(recipe):
     """ Model and optimizer as train.py makes them."""
     model = timm.create_model(recipe['model'], **recipe.get('model_kwargs', {}), device='meta')
-    args = argparse.Namespace(**{**RUN_ARGS, **recipe})
+    args = argparse.Namespace(**{**DEFAULTS, **recipe})
     optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs)
     return model, optimizer, args
 
@@ -52,7 +54,7 @@ def test_names():
 @pytest.mark.parametrize('name', RECIPES)
 class TestEvery:
     def test_keys_are_train_arguments(self, name):
-        assert RECIPES[name].keys() <= RUN_ARGS.keys()
+        assert RECIPES[name].keys() <= DEFAULTS.keys()
 
     def test_names_the_plugin(self, name):
         assert RECIPES[name]['device_modules'] == ['splitmixer_timm']
@@ -82,7 +84,9 @@ class TestPaper:
         lr, decay, batch = {'flowers102': (0.03, 0.1, 64), 'food101': (0.01, 0.005, 64)}.get(name, (0.05, 0.005, 512))
         assert isinstance(optimizer, torch.optim.AdamW)
         assert [(g['lr'], g['weight_decay']) for g in optimizer.param_groups] == [(lr, decay)]
-        assert (args.batch_size, args.amp, args.smoothing) == (batch, True, 0.)
+        assert (optimizer.defaults['betas'], optimizer.defaults['eps']) == ((0.9, 0.999), 1e-8)
+        assert (args.batch_size, args.amp, args.channels_last, args.smoothing) == (batch, True, True, 0.)
+        assert not any(getattr(args, key) for key in ('mixup', 'cutmix', 'reprob', 'drop', 'drop_path', 'model_ema'))
         assert RECIPES[name].get('clip_grad') == (None if name == 'cifar10_no_clipping' else 1.)
 
     @pytest.mark.parametrize('updates', [16, 97])
@@ -173,6 +177,21 @@ def test_randaugment_is_torchvisions_strength():
     assert ours['PosterizeIncreasing'][0] < theirs['Posterize'][0][12]
 
 
+@pytest.mark.parametrize(('name', 'resample'), [
+    ('cifar10', Image.Resampling.NEAREST), ('flowers102', Image.Resampling.BILINEAR)])
+def test_randaugment_turns_and_shears(name, resample):
+    """ By the nearest pixel on CIFAR, as torchvision's; what comes in at the border has another colour than its."""
+    args = build(RECIPES[name])[2]
+    transform = create_transform(
+        32, is_training=True, auto_augment=args.aa, scale=args.scale, ratio=args.ratio,
+        interpolation=args.train_interpolation)
+    augment, = (t for t in transform.transforms if type(t).__name__ == 'RandAugment')
+    assert {op.kwargs['resample'] for op in augment.ops} == {resample}
+    assert {op.kwargs['fillcolor'] for op in augment.ops} == {(124, 116, 104)}  # the mean's, ImageNet's here
+    theirs = RandAugment(num_ops=2, magnitude=12, num_magnitude_bins=31)
+    assert (theirs.interpolation.value, theirs.fill) == ('nearest', None)
+
+
 class TestCommand:
     def test_list(self, capsys):
         assert cli.main(['recipe']) == 0
@@ -213,3 +232,13 @@ def test_train_parses_it(name):
         [sys.executable, '-c', code, SCRIPTS, '--config', cli.RECIPES_DIR / f'{name}.yaml'],
         capture_output=True, text=True)
     assert done.stdout == 'set()\n', done.stderr
+
+
+@pytest.mark.data
+@pytest.mark.skipif(not SCRIPTS, reason="SPLITMIXER_TIMM_SCRIPTS does not name a folder with timm's train.py")
+def test_defaults_are_trains():
+    code = (
+        'import sys, yaml; sys.path.insert(0, sys.argv[1]); import train; '
+        'print(yaml.safe_dump(vars(train.parser.parse_args([]))))')
+    done = subprocess.run([sys.executable, '-c', code, SCRIPTS], capture_output=True, text=True)
+    assert yaml.safe_load(done.stdout) == DEFAULTS, done.stderr

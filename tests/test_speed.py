@@ -163,6 +163,14 @@ def test_memory(results, monkeypatch):
         'the allocator of this system cannot be told to keep memory'}
 
 
+def test_batches_have_tables_of_their_own(results, monkeypatch):
+    monkeypatch.setattr(speed, 'find_spec', lambda name: None)
+    for size in ('2', '3'):
+        assert results('--models', 'splitmixer_i_256_8', '--tasks', 'infer', '--batch-size', size)[0] == 0
+    headers = [line for line in report.gains_tables().splitlines() if line.startswith('|') and 'optimized' in line]
+    assert [header.split('|')[1].split()[-3] for header in headers] == ['2,', '3,']
+
+
 def test_training(results):
     status, rows = results('--models', 'splitmixer_ii_256_8', 'convmixer_256_8', '--tasks', 'train')
     assert status == 0
@@ -172,6 +180,7 @@ def test_training(results):
     assert {row['precision'] for row in rows} == {'fp32', 'bf16'}
     assert all(float(row['peak_memory_mib']) > 1 for row in rows)
     assert 'of its memory' in report.forms_tables()
+    assert report.gains_tables() == report.NOTHING
 
 
 def test_a_process_that_dies_is_recorded(results, monkeypatch):

@@ -17,6 +17,8 @@ from conftest import DATA_DIR, ROOT
 from timm.models import is_model
 
 from splitmixer_timm import add_run, cli, manifest, train_zoo
+from splitmixer_timm.machine import device_name
+from splitmixer_timm.run import environment
 
 SCRIPTS = os.environ.get('SPLITMIXER_TIMM_SCRIPTS')
 # trains nothing: its files are those that train.py leaves, and it fails, hangs or waits where a file asks for it
@@ -69,7 +71,6 @@ def zoo(tmp_path, monkeypatch):
     (weights / 'manifest.json').write_text(json.dumps(dict(hf_hub_org='', base_url='', models={})))
     monkeypatch.setattr(manifest, 'WEIGHTS_DIR', weights)
     monkeypatch.setattr(train_zoo, 'POLL_SECONDS', 0.05)
-    monkeypatch.setenv('PYTHONPATH', str(ROOT))
     (tmp_path / 'queue.yaml').write_text(yaml.safe_dump(QUEUE, sort_keys=False))
     scripts = tmp_path / 'scripts'
     scripts.mkdir()
@@ -91,7 +92,7 @@ def zoo(tmp_path, monkeypatch):
             '--output', str(tmp_path / 'runs'), '--device', 'cpu', '--workers', '1']
 
         def run(self, *args):
-            return train_zoo.main([*args, *self.command])
+            return train_zoo.main([*self.command, *args])
 
         def started(self):
             return [line.split() for line in (tmp_path / 'started').read_text().splitlines()]
@@ -100,6 +101,13 @@ def zoo(tmp_path, monkeypatch):
             return json.loads((weights / 'manifest.json').read_text())['models']
 
     return Zoo()
+
+
+def end_what_names(path):
+    for process in Path('/proc').glob('[0-9]*/cmdline'):
+        with suppress(OSError):
+            if str(path).encode() in process.read_bytes():
+                os.kill(int(process.parent.name), signal.SIGKILL)
 
 
 @pytest.fixture
@@ -122,6 +130,7 @@ def test_trains_and_adds(zoo, monkeypatch):
     assert args['model'] == 'splitmixer_iv_256_8.cifar100'
     assert args['data_dir'] == '<DATA_DIR>'
     assert str(zoo.path) not in json.dumps(args)
+    assert entries[OTHER]['training']['machine'] == device_name('cpu')
     # again: nothing is trained twice, nor measured
     monkeypatch.setattr(manifest, 'load_manifest', lambda: {'models': entries})
     monkeypatch.setattr(train_zoo, 'add_runs', None)
@@ -151,9 +160,60 @@ def test_not_every_epoch_measured(zoo, monkeypatch):
 
 @pytest.mark.usefixtures('validated')
 def test_several_at_once(zoo):
+    """ The entry says that the machine's time was shared."""
     (zoo.path / 'wait-for-three').touch()
-    assert zoo.run('--jobs', '3') == 0
+    assert zoo.run('--jobs', '9') == 0
     assert len(zoo.started()) == 3
+    assert zoo.entries()[OTHER]['training']['machine'] == f'{device_name("cpu")}, shared by up to 3 runs'
+
+
+@pytest.mark.usefixtures('validated')
+def test_gone_on_with_elsewhere(zoo, monkeypatch):
+    """ What each part was made on is kept with the run, and added where that is not."""
+    assert zoo.run(OTHER) == 0
+    folder = zoo.path / 'runs' / f'{OTHER}-42'
+    shutil.copy(zoo.path / 'checkpoint-1', folder / 'last.pth.tar')
+    with monkeypatch.context() as patch:
+        patch.setattr(train_zoo, 'device_name', lambda device: 'Great GPU')
+        assert zoo.run(OTHER) == 0
+    (folder / 'args.yaml').write_text((folder / 'args.yaml').read_text().replace('device: cpu', 'device: cuda'))
+    model, = train_zoo.read_queue(
+        zoo.path / 'queue.yaml', [OTHER], folder.parent, data_dir=zoo.path / 'data', device='cpu', workers=1)
+    entry = train_zoo.add(model, zoo.path / 'scripts', zoo.path / 'data', 'cpu')
+    assert entry['training']['machine'] == f'{device_name("cpu")} and Great GPU'
+    assert (entry['training']['torch'], entry['training']['timm']) == (torch.__version__, timm.__version__)
+
+
+def test_the_package_is_found():
+    """ By train.py and validate.py too, where it is not installed."""
+    code = "from importlib.util import find_spec; print(find_spec('splitmixer_timm').origin)"
+    without_installed = [sys.executable, '-S', '-c', code]
+    done = subprocess.run(without_installed, env=environment(), cwd='/', capture_output=True, text=True)
+    assert done.stdout.strip() == str(ROOT / 'splitmixer_timm' / '__init__.py'), done.stderr
+
+
+@pytest.mark.usefixtures('validated')
+def test_told_while_others_are_at_work(zoo):
+    """ A failure is told when it happens, and how far the queue is where there is no terminal: the end may be hard."""
+    (zoo.path / f'fail-{NAME}-1').touch()
+    (zoo.path / 'hang').touch()
+    code = (
+        'import sys; from splitmixer_timm import train_zoo; train_zoo.REPORT_SECONDS = 0.1; '
+        'train_zoo.POLL_SECONDS = 0.05; train_zoo.main(sys.argv[1:])')
+    out, err = zoo.path / 'out', zoo.path / 'err'
+    with open(out, 'w') as stdout, open(err, 'w') as stderr:
+        driver = subprocess.Popen(
+            [sys.executable, '-c', code, '--jobs', '3', *zoo.command], env=environment(), stdout=stdout, stderr=stderr)
+    try:
+        while not (zoo.path / 'hung').exists() or 'epochs, ' not in out.read_text() or not err.read_text():
+            assert driver.poll() is None
+            time.sleep(0.05)
+    finally:
+        driver.kill()
+        driver.wait()
+        end_what_names(zoo.path)
+    assert f'{NAME}-1: train.py failed, see {zoo.path}' in err.read_text()
+    assert ' of 9 epochs, ' in out.read_text()
 
 
 @pytest.mark.usefixtures('validated')
@@ -239,20 +299,44 @@ def test_cut_off_while_the_checkpoint_was_written(zoo, capsys):
     assert zoo.run(OTHER) == 1
     assert f'{OTHER}-42: not started: no checkpoint can be read: remove {folder}' in capsys.readouterr().err
     assert len((folder / 'summary.csv').read_text().splitlines()) > 3
+    # in the middle of the very first nothing is lost
+    for file in folder.glob('*.pth.tar'):
+        file.unlink()
+    (folder / 'tmp.pth.tar').write_bytes(b'damaged')
+    assert zoo.run(OTHER) == 0
+    assert zoo.started()[-1] == [f'{OTHER}-42', '0.01', '0']
+
+
+@pytest.mark.usefixtures('validated')
+def test_cut_off_while_the_arguments_were_written(zoo):
+    """ train.py writes them anew when it resumes; those of the beginning are kept beside."""
+    assert zoo.run(OTHER) == 0
+    folder = zoo.path / 'runs' / f'{OTHER}-42'
+    for _ in range(2):
+        shutil.copy(zoo.path / 'checkpoint-1', folder / 'last.pth.tar')
+        assert zoo.run(OTHER) == 0
+        (folder / 'args.yaml').write_text('model: [')
+    assert [run[2] for run in zoo.started()] == ['0', '2', '2']
 
 
 @pytest.mark.usefixtures('validated')
 @pytest.mark.parametrize('finished', [True, False])
-def test_trained_with_other_arguments(zoo, capsys, finished):
+@pytest.mark.parametrize(('args', 'message'), [
+    (dict(lr=0.02, mixup=0.2), 'lr 0.01, not 0.02'),
+    (dict(lr=0.01), "mixup 0.2, not train.py's default"),
+])
+def test_trained_with_other_arguments(zoo, capsys, finished, args, message):
     """ Neither published as what the queue says now, nor gone on with."""
+    mixed = {OTHER: dict(QUEUE[OTHER], args=dict(QUEUE[OTHER]['args'], mixup=0.2))}
+    (zoo.path / 'queue.yaml').write_text(yaml.safe_dump(mixed))
     assert zoo.run(OTHER) == 0
     folder = zoo.path / 'runs' / f'{OTHER}-42'
     if not finished:
         shutil.copy(zoo.path / 'checkpoint-1', folder / 'last.pth.tar')
-    queue = {OTHER: dict(recipe='cifar100', args=dict(epochs=2, warmup_epochs=1, lr_cycle_limit=1, lr=0.02))}
+    queue = {OTHER: dict(recipe='cifar100', args=dict(epochs=2, warmup_epochs=1, lr_cycle_limit=1, **args))}
     (zoo.path / 'queue.yaml').write_text(yaml.safe_dump(queue))
     assert zoo.run() == 1
-    assert f'{folder} was trained with lr 0.01, not 0.02' in capsys.readouterr().err
+    assert f'{folder} was trained with {message}' in capsys.readouterr().err
     assert len(zoo.started()) == 1
 
 
@@ -271,10 +355,7 @@ def test_a_run_left_behind(zoo, monkeypatch, capsys):
         assert zoo.run(OTHER) == 1
         assert f'another train.py is at work in {zoo.path / "runs" / f"{OTHER}-42"}' in capsys.readouterr().err
     finally:
-        for process in Path('/proc').glob('[0-9]*/cmdline'):
-            with suppress(OSError):
-                if str(zoo.path).encode() in process.read_bytes():
-                    os.kill(int(process.parent.name), signal.SIGKILL)
+        end_what_names(zoo.path)
 
 
 def test_ended_from_outside(zoo):
@@ -306,6 +387,7 @@ def test_ended_while_it_measures(zoo):
 
 @pytest.mark.parametrize(('change', 'message'), [
     (dict(args=['--jobs', '0']), '--jobs must be at least 1, got 0'),
+    (dict(args=['--device', 'cuda:99']), '--device must be one that is here, got cuda:99'),
     (dict(args=['mnist']), "'mnist' is not in the queue"),
     (dict(queue='- a'), "must map each 'arch.tag' to a recipe"),
     (dict(queue='{'), 'cannot be read'),
