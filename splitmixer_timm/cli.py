@@ -25,7 +25,8 @@ Measure images a second, by default of every row of the paper's Table 3, beside 
   paper   the paper's protocol to the letter: fp32, batch 64, 224 x 224, one batch fed 100 times, a pair of CUDA events
           around each forward, no eval mode, no warm-up; each model in a process of its own
 
-Without CUDA a wall clock times the same code; that is not the paper's protocol, and the results say so.
+All models have 102 classes, as the paper's. Without CUDA a wall clock times the same code; that is not the paper's
+protocol, and the results say so.
 
 Every measurement is kept in DIR/<device>.csv as soon as it is made. A second run measures only what is missing, failed,
 or was measured with another --batches. Exit status 1 if a model failed (the others are measured all the same)."""
@@ -94,6 +95,8 @@ def _predict(args: argparse.Namespace) -> int:
     from .predict import Classifier, classify, find_images, read_stdin
 
     model_name = args.model
+    if '' in args.images:
+        raise CommandError("IMAGE must be a file, a folder or -, got ''")
     if ':' not in model_name and not is_model(model_name):
         raise CommandError(f'unknown model {model_name!r}; `splitmixer-timm list --pretrained` names those there are')
     try:
@@ -111,16 +114,20 @@ def _predict(args: argparse.Namespace) -> int:
     failures = 0
     answers: List[Dict[str, Any]] = []
     results = classify(classifier, sources, args.topk, args.batch_size)
-    # a bar on a terminal only, and only where there is something to wait for
-    for name, result in tqdm(results, total=len(sources), unit='image', disable=None if len(sources) > 20 else True):
-        if isinstance(result, str):
-            failures += 1
-            answers.append({'image': name, 'error': result})
-            tqdm.write(f'splitmixer-timm: {name}: {result}', file=sys.stderr)
-        elif args.json:
-            answers.append({'image': name, 'predictions': [dataclasses.asdict(p) for p in result]})
-        else:
-            tqdm.write('\n'.join([name, *(f'  {p.probability:7.2%}  {p.label}' for p in result)]), file=sys.stdout)
+    try:
+        # a bar on a terminal only, and only where there is something to wait for
+        for name, result in tqdm(
+                results, total=len(sources), unit='image', disable=None if len(sources) > 20 else True):
+            if isinstance(result, str):
+                failures += 1
+                answers.append({'image': name, 'error': result})
+                tqdm.write(f'splitmixer-timm: {name}: {result}', file=sys.stderr)
+            elif args.json:
+                answers.append({'image': name, 'predictions': [dataclasses.asdict(p) for p in result]})
+            else:
+                tqdm.write('\n'.join([name, *(f'  {p.probability:7.2%}  {p.label}' for p in result)]), file=sys.stdout)
+    except RuntimeError as e:  # of torch: out of memory, a device that cannot
+        raise CommandError(f'{model_name} failed on {args.device}: {" ".join(str(e).split())}') from e
     if args.json:
         print(json.dumps({'model': classifier.name, 'images': answers}, indent=2))
     return 1 if failures else 0
@@ -196,6 +203,8 @@ def _release(args: argparse.Namespace):
 
 
 def _push(args: argparse.Namespace) -> int:
+    from huggingface_hub.utils import validate_repo_id
+
     from . import hub
 
     if args.all != (args.model is None) or args.all != (args.org is not None):
@@ -210,6 +219,8 @@ def _push(args: argparse.Namespace) -> int:
             if args.all else [(args.repo_id, _release(args))]
         if args.record and (args.create_pr or any(release.name is None for _, release in jobs)):
             raise CommandError('--record is for models of the zoo, and for commits, not pull requests')
+        for repo_id, _ in jobs:
+            validate_repo_id(repo_id)
         for repo_id, release in jobs:
             if args.dry_run:
                 print(f'{release.name or args.model} -> {repo_id}')
@@ -223,6 +234,8 @@ def _push(args: argparse.Namespace) -> int:
             if args.record:
                 entry = {**manifest.entries()[release.name], 'hf_hub_id': info.repo_url.repo_id, 'revision': info.oid}
                 manifest.write_entry(release.name, entry)
+    except BrokenPipeError:  # of our output
+        raise
     except (ValueError, RuntimeError, OSError) as e:
         raise CommandError(str(e)) from e
     return 0
@@ -247,13 +260,16 @@ def _card(args: argparse.Namespace) -> int:
     except (ValueError, RuntimeError, OSError) as e:
         raise CommandError(str(e)) from e
     # a run has a place to load it from once it is published
-    print(release.card(Path(args.model).name, release.name or f'hf-hub:USER/{Path(args.model).name}'), end='')
+    name = Path(args.model).name
+    print(release.card(release.name or name, release.name or f'hf-hub:USER/{name}'), end='')
     return 0
 
 
 def _recipe(args: argparse.Namespace) -> int:
     recipes = {path.stem: path for path in sorted(RECIPES_DIR.glob('*.yaml'))}
     if args.name is None:
+        if args.copy is not None:
+            raise CommandError(f'--copy needs the NAME of a recipe: one of {", ".join(recipes)}')
         for name, path in recipes.items():
             title = path.read_text(encoding='utf-8').partition('\n')[0].lstrip('# ')
             print(f'{name:<32}{title}')
@@ -313,7 +329,8 @@ def _benchmark(args: argparse.Namespace) -> int:
     for group in benchmark_report.group(list(results.rows.values())):
         if not any(tuple(row[name] for name in benchmark.KEY[1:]) in wanted for row in group):
             continue
-        print(f'{benchmark_report.describe_setting(group)}, images / s\n\n{benchmark_report.throughput_table(group)}\n')
+        print(f'{benchmark_report.describe_setting(group)}, {benchmark.NUM_CLASSES} classes, images / s\n')
+        print(f'{benchmark_report.throughput_table(group)}\n')
         print(f'{benchmark_report.describe(group)}\n')
         if args.plot is not False and find_spec('matplotlib') and any(row['img_per_s'] for row in group):
             picture = folder / benchmark_report.picture_name(name, group)
@@ -422,7 +439,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_pull)
 
     command = commands.add_parser('card', help='print the model card of a model', description=(
-        'Print the card that push would publish.'))
+        'Print the card that push would publish, but for its title and the name to load it by.'))
     command.add_argument('model', metavar='MODEL', help=source)
     command.add_argument('--dataset', help='what a run was trained on')
     command.add_argument('--label-names', metavar='FILE', type=Path, help='class names of a run, a line each')
@@ -433,7 +450,7 @@ def _parser() -> argparse.ArgumentParser:
         'sets. Exit status 1 if one is missing or differs.'))
     command.add_argument(
         '--data', metavar='DIR', type=Path,
-        help='folder with the test sets as image folders, DIR/cifar10/validation/CLASS and so on')
+        help='folder with the official test sets as image folders, DIR/cifar10/validation/CLASS and so on')
     command.add_argument('--device', default='cpu', help='device to measure on (default: %(default)s)')
     command.add_argument('--batch-size', type=_positive, default=200, metavar='N', help='default: %(default)s')
     command.set_defaults(run=_verify)

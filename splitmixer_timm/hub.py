@@ -343,9 +343,13 @@ def run_release(
     files = {ARGS: yaml.safe_dump(public_args(args)).encode()}
     if (folder / SUMMARY).is_file():
         files[SUMMARY] = (folder / SUMMARY).read_bytes()
-    return Release(
-        model, metrics, dataset or known, label_names, data_config,
-        {'seed': args.get('seed'), **{key: key for key in files}}, files)
+    training = {'seed': args.get('seed'), 'epochs': epoch if epoch is None else epoch + 1, **_told_by(files)}
+    return Release(model, metrics, dataset or known, label_names, data_config, training, files)
+
+
+def _told_by(files: Dict[str, bytes]) -> Dict[str, str]:
+    """ How a model was trained, in the manifest's terms, as far as files beside it tell."""
+    return {key: name for key, name in (('args', ARGS), ('summary', SUMMARY)) if name in files}
 
 
 def folder_release(
@@ -361,8 +365,8 @@ def folder_release(
     config = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
     extra = {name: (folder / name).read_bytes() for name in (ARGS, SUMMARY) if (folder / name).is_file()}
     return Release(
-        model, dataset=dataset, label_names=label_names or config.get('label_names'),
-        training={name: name for name in extra}, extra=extra)
+        model, dataset=dataset, label_names=label_names or config.get('label_names'), training=_told_by(extra),
+        extra=extra)
 
 
 @contextmanager

@@ -59,15 +59,29 @@ def read_stdin(stream: BinaryIO) -> List[ImageSource]:
     return list(find_images(lines))
 
 
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """ The image as it is, but for one of more than 8 bits a pixel, of which Pillow would cut off what is above 255."""
+    if image.mode == 'F':
+        raise OSError('an image of floating point numbers, of which white may be any')
+    if image.mode.startswith('I'):
+        lowest, highest = image.convert('I').getextrema()
+        if lowest < 0 or highest > 65535:
+            raise OSError(f'an image of integers from {lowest} to {highest}, more than 16 bits')
+        # 16-bit PNG comes as 32 bits of older Pillows, and what is stored as such may be of 8
+        if image.mode.startswith('I;16') or highest > 255:
+            image = image.convert('I').point(lambda value: value * (1 / 256))
+    return image
+
+
 def load_image(source: ImageSource) -> Image.Image:
-    """ RGB image from a path or from bytes, turned upright as its EXIF data says.
+    """ RGB image from a path or from bytes, turned upright as its EXIF data says; 16 bits are made 8.
 
     Raises:
-        OSError: If it cannot be read or is not an image.
+        OSError: If it cannot be read, is not an image, or one of floating point numbers.
     """
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return ImageOps.exif_transpose(image).convert('RGB')
+            return _to_8_bits(ImageOps.exif_transpose(image)).convert('RGB')
     except UnidentifiedImageError as e:
         raise OSError('not a readable image') from e
     except OSError:
@@ -85,7 +99,7 @@ class Classifier:
 
     Raises:
         RuntimeError: If there is no such model or it has no weights.
-        ValueError: If it does not take RGB images.
+        ValueError: If it has no classes, or does not take RGB images.
     """
 
     def __init__(self, model_name: str, device: Union[str, torch.device] = 'cpu'):
@@ -93,6 +107,8 @@ class Classifier:
         self.model = create_model(model_name, pretrained=True).to(self.device).eval()
         self.transform = create_transform(**resolve_model_data_config(self.model), is_training=False)
         cfg = self.model.pretrained_cfg
+        if not self.model.num_classes:
+            raise ValueError(f'{model_name} has no classes.')
         if cfg.get('input_size', (3,))[0] != 3:
             raise ValueError(f'{model_name} takes images of {cfg["input_size"][0]} channels, not RGB.')
         labels = cfg.get('label_names')

@@ -36,6 +36,7 @@ from timm.models import (
     clean_state_dict,
     generate_default_cfgs,
     register_model,
+    resolve_pretrained_cfg,
 )
 from timm.models._features import feature_take_indices
 
@@ -924,8 +925,12 @@ def create_variant(model_cls: Type[nn.Module], variant: str, pretrained: bool = 
     # with another number of classes timm would load whatever fits
     filter_fn = partial(checkpoint_filter_fn, strict=kwargs.get('pretrained_strict', True))
     if pretrained:
-        kwargs['pretrained_cfg_overlay'] = manifest.checked_overlay(
-            variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'), kwargs.get('cache_dir'))
+        pretrained_cfg, overlay = kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay')
+        overlay = manifest.checked_overlay(variant, pretrained_cfg, overlay, kwargs.get('cache_dir'))
+        if (overlay.get('num_classes') or 0) < 0:
+            # train.py's --pretrained-path: a head of its own, whatever the file's; a model's default is ImageNet's 1000
+            kwargs.setdefault('num_classes', resolve_pretrained_cfg(variant, pretrained_cfg).num_classes)
+        kwargs['pretrained_cfg_overlay'] = overlay
     model = build_model_with_cfg(
         model_cls,
         variant,

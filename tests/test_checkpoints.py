@@ -91,6 +91,11 @@ def test_loads_through_create_model(tmp_path, images):
         'splitmixer_i_256_8', pretrained=True, pretrained_cfg_overlay=overlay, in_chans=1, num_classes=5)
     torch.testing.assert_close(gray.stem[0].weight, expected.patch_emb[0].weight.sum(1, keepdim=True))
     assert gray.head.out_features == 5
+    # as train.py's --pretrained-path has it: a new head, for the classes of the model's own data set
+    tuned = timm.create_model(
+        'splitmixer_i_256_8', pretrained=True, pretrained_cfg_overlay=dict(overlay, num_classes=-1))
+    assert tuned.head.out_features == tuned.num_classes == 10
+    torch.testing.assert_close(tuned.stem[0].weight, expected.patch_emb[0].weight)
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)

@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 from conftest import BASELINES, SPLITMIXERS
 from PIL import Image
 
 from splitmixer_timm import cli, manifest
+from splitmixer_timm.predict import load_image
 
 EXAMPLE = Path(__file__).parent / 'assets' / 'airplane.png'
 NAME = 'splitmixer_i_256_8.cifar10'
@@ -197,6 +199,39 @@ class TestPredict:
         turned, expected = json.loads(run('predict', tmp_path, '--json')[1])['images']
         assert turned['predictions'] == expected['predictions']
 
+    @pytest.mark.parametrize(('mode', 'suffix'), [('I;16', '.png'), ('I;16', '.tif'), ('I;16B', '.tif'), ('I', '.tif')])
+    def test_more_than_8_bits(self, run, tmp_path, mode, suffix):
+        """ Such an image has the answers of the same one in 8 bits."""
+        gray = Image.open(EXAMPLE).convert('L')
+        gray.save(tmp_path / 'a.png')
+        numbers = np.asarray(gray).astype('>u2' if mode == 'I;16B' else '<i4' if mode == 'I' else '<u2') * 257
+        deep = Image.frombytes(mode, gray.size, numbers.astype(numbers.dtype).tobytes())
+        deep.save(tmp_path / f'b{suffix}')
+        with Image.open(tmp_path / f'b{suffix}') as saved:
+            assert saved.mode.startswith('I')
+        expected, answers = json.loads(run('predict', tmp_path, '--json')[1])['images']
+        assert answers['predictions'] == expected['predictions']
+
+    def test_8_bits_in_32(self, tmp_path):
+        gray = Image.open(EXAMPLE).convert('L')
+        gray.convert('I').save(tmp_path / 'a.tif')
+        assert load_image(tmp_path / 'a.tif').tobytes() == gray.convert('RGB').tobytes()
+
+    @pytest.mark.parametrize(('mode', 'value', 'words'), [
+        ('F', 0.5, 'floating point'), ('I', 70_000, 'from 70000 to 70000'), ('I', -1, 'from -1 to -1')])
+    def test_no_range_of_values(self, run, tmp_path, mode, value, words):
+        Image.new(mode, (32, 32), value).save(tmp_path / 'a.tif')
+        status, out, err = run('predict', tmp_path / 'a.tif')
+        assert (status, out) == (1, '')
+        assert words in err
+
+    def test_model_without_classes(self, run, tmp_path):
+        timm.models.save_for_hf(
+            timm.create_model('splitmixer_i_256_8', depth=2, num_classes=0), tmp_path, safe_serialization=True)
+        status, out, err = run('predict', EXAMPLE, '--model', f'local-dir:{tmp_path}')
+        assert (status, out) == (2, '')
+        assert 'has no classes' in err
+
     def test_model_from_elsewhere(self, run, tmp_path):
         """ A fine-tuned model is called by its own name, and its own classes by their number."""
         model = timm.create_model('splitmixer_i_256_8', depth=2, num_classes=4)
@@ -225,6 +260,8 @@ class TestPredict:
         (['--model', 'local-dir:nowhere'], 'nowhere'),
         (['--topk', '0'], 'at least 1'),
         (['--device', 'warp'], 'warp'),
+        (['--device', 'meta'], 'failed on meta'),
+        ([''], "IMAGE must be a file, a folder or -, got ''"),
     ])
     def test_bad_requests(self, run, args, words):
         status, out, err = run('predict', EXAMPLE, *args)

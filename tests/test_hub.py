@@ -598,6 +598,8 @@ class TestCommandLine:
         assert not [name for name, content in published.items() if b'secret' in content]
         readme = published['README.md'].decode()
         assert 'top-1 accuracy, %: 70.50' in readme
+        for words in ('- Epochs: 2', '- Arguments: all of them in `args.yaml`', '- Log: each epoch in `summary.csv`'):
+            assert words in readme
         assert yaml.safe_load(readme.split('---')[1])['datasets'] == ['alice/letters']
         assert_same(model, pull_from_hub(REPO))
 
@@ -618,6 +620,30 @@ class TestCommandLine:
         assert_same(model, timm.create_model(ZOO, pretrained=True))
         assert cli.main(['push', str(folder), 'alice/copy']) == 0
         assert json.loads(files(server, 'alice/copy')['config.json'])['label_names'][0] == 'airplane'
+
+    def test_card_of_a_pulled_run(self, server, run_dir, tmp_path, capsys):
+        """ It names the files that are there."""
+        assert cli.main(['push', str(run_dir[0]), REPO]) == 0
+        assert cli.main(['pull', REPO, '--to', str(tmp_path / 'pulled')]) == 0
+        capsys.readouterr()
+        assert cli.main(['card', str(tmp_path / 'pulled')]) == 0
+        assert '- Arguments: all of them in `args.yaml`\n- Log: each epoch in `summary.csv`' in capsys.readouterr().out
+
+    @pytest.mark.parametrize('repo_id', ['bad name/x', 'a/b/c'])
+    def test_dry_run_of_a_name_that_the_hub_refuses(self, server, capsys, repo_id):
+        assert cli.main(['push', ZOO, repo_id, '--dry-run']) == 2
+        out, err = capsys.readouterr()
+        assert out == ''
+        assert repo_id in err
+
+    def test_reader_that_goes_away(self):
+        code = f'import sys; from splitmixer_timm import cli; sys.exit(cli.main(["push", "{ZOO}", "a/b", "--dry-run"]))'
+        process = subprocess.Popen(
+            [sys.executable, '-u', '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+        process.stdout.close()
+        with process.stderr:
+            assert process.stderr.read() == b''
+        assert process.wait() == 1
 
     def test_pull_to_a_place_that_is_taken(self, server, tmp_path, capsys):
         push_to_hub(create(), REPO, token=TOKEN)

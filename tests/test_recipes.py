@@ -211,6 +211,10 @@ class TestCommand:
         assert copied.read_text() == 'mine'
         assert 'cannot write' in capsys.readouterr().err
 
+    def test_copy_of_none(self, capsys, tmp_path):
+        assert cli.main(['recipe', '--copy', str(tmp_path)]) == 2
+        assert '--copy needs the NAME of a recipe: one of' in capsys.readouterr().err
+
     def test_unknown(self, capsys):
         assert cli.main(['recipe', 'mnist']) == 2
         assert 'cifar100' in capsys.readouterr().err
