@@ -1,7 +1,7 @@
 """ A SplitMixer for inference on CUDA: Triton kernels, and a CUDA graph around them."""
 import threading
 from collections import OrderedDict
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, List, Tuple
 
 import torch
 from torch import nn
@@ -87,9 +87,10 @@ class FusedSplitMixer(FusedModel):
     """ A `SplitMixer` in eval mode as Triton kernels; `build` makes it.
 
     `forward` is captured in a CUDA graph at the first call with new sizes of images, and replayed after it; the last
-    `MAX_GRAPHS` are kept. The graphs share their memory: threads take turns, and calls must not overlap on several
-    streams. Within the capture of another graph, in a replica of `nn.DataParallel`, and by `forward_features` alone,
-    the kernels are launched one by one.
+    `MAX_GRAPHS` are kept. The graphs share their memory: threads, and streams, take turns. While one is captured other
+    threads must not draw random numbers on the GPU. Within the capture of another graph (which must not be the first
+    call with these sizes), in a replica of `nn.DataParallel`, and by `forward_features` alone, the kernels are launched
+    one by one.
 
     Args:
         model: The model.
@@ -102,7 +103,7 @@ class FusedSplitMixer(FusedModel):
     def __init__(self, model: SplitMixer, dtype: torch.dtype):
         super().__init__(model, dtype)
         # fp32 products keep fp32's accuracy on tensor cores by three products in TF32, unless torch is told otherwise
-        precision = 'tf32x3' if torch.get_float32_matmul_precision() == 'highest' else 'tf32'
+        precision = 'tf32' if torch.backends.cuda.matmul.fp32_precision == 'tf32' else 'tf32x3'
         self.stem = FusedPatchEmbedding(model.stem, dtype, precision)
         mixing = []
         for block in model.blocks:
@@ -116,8 +117,11 @@ class FusedSplitMixer(FusedModel):
 
     def _forget_graphs(self) -> None:
         self._graphs: OrderedDict = OrderedDict()
+        self._known: set = set()
+        self._state: List[Tuple[Dict[str, Any], str, Any]] = []
         self._pool = None
         self._stream = None
+        self._done = None
         self._replaying = threading.Lock()
 
     def _apply(self, fn, recurse: bool = True):
@@ -126,7 +130,7 @@ class FusedSplitMixer(FusedModel):
         return self
 
     def __getstate__(self) -> Dict[str, Any]:
-        graphs = ('_graphs', '_pool', '_stream', '_replaying')
+        graphs = ('_graphs', '_known', '_state', '_pool', '_stream', '_done', '_replaying')
         return {name: value for name, value in self.__dict__.items() if name not in graphs}
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
@@ -155,6 +159,7 @@ class FusedSplitMixer(FusedModel):
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream()  # one for all: each has a workspace, and torch's own is of one device
+            self._done = torch.cuda.Event()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             self._forward(static_x)  # compiles, measures, allocates workspaces
@@ -165,22 +170,41 @@ class FusedSplitMixer(FusedModel):
             y = self._forward(static_x)
         return graph, static_x, y
 
+    def _check_state(self) -> None:
+        """ Drop the graphs if a tensor or a module was replaced: they read the memory of the old one."""
+        if any(members.get(name) is not value for members, name, value in self._state):
+            self._graphs.clear()
+            self._state = []
+        self._state = self._state or [
+            (members, name, value) for module in self.modules()
+            for members in (module._parameters, module._buffers, module._modules) for name, value in members.items()]
+
     @torch.no_grad()
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not x.is_cuda or torch.cuda.is_current_stream_capturing() or getattr(self, '_is_replica', False):
+        if not x.is_cuda or getattr(self, '_is_replica', False):
             return self._forward(x)
         key = (x.shape, x.dtype, x.device)
+        if torch.cuda.is_current_stream_capturing():
+            if key not in self._known:  # to measure configurations waits for the GPU, which a capture must not
+                raise RuntimeError(
+                    f'{type(self).__name__} must be called once with images {tuple(x.shape)} before it is captured.')
+            return self._forward(x)
         with self._replaying, torch.cuda.device_of(x):
+            self._check_state()
             if key not in self._graphs:
                 if len(self._graphs) == MAX_GRAPHS:
                     self._graphs.popitem(last=False)
                 with _launching:
                     self._graphs[key] = self._capture(x)
+                self._known.add(key)
             self._graphs.move_to_end(key)
             graph, static_x, y = self._graphs[key]
+            self._done.wait()  # for the last call, which may have been on another stream
             static_x.copy_(x)
             graph.replay()
-            return y.clone()
+            y = y.clone()
+            self._done.record()
+            return y
 
 
 def build(model: SplitMixer, dtype: torch.dtype) -> FusedSplitMixer:
@@ -206,4 +230,5 @@ def build(model: SplitMixer, dtype: torch.dtype) -> FusedSplitMixer:
     elif device.type != 'cpu' or not kernels.INTERPRETED:
         raise Unsupported(f'a model on {device}')
     check_supported(model)
+    kernels.check_launches(device)
     return FusedSplitMixer(model, dtype)

@@ -286,6 +286,9 @@ def fuse_for_training(model: SplitMixer) -> SplitMixer:
     if any(hasattr(block.spatial_mixing, 'conv1') and not hasattr(block.spatial_mixing, 'conv2')
            for block in model.blocks):
         raise Unsupported("spatial_mixing='2d'")
+    device = model.stem[0].weight.device
+    if device.type == 'cuda' or kernels.INTERPRETED:
+        kernels.check_launches(device)
     if type(model.stem) is nn.Sequential:
         model.stem.__class__ = FusedStem
     for block in model.blocks:

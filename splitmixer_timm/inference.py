@@ -32,7 +32,8 @@ def optimize_for_inference(model: SplitMixer, *, dtype: Optional[torch.dtype] = 
     twice, as they are and as oneDNN wants them. So that memory is not fetched from the system anew at each call, glibc
     is made to keep more of what is freed, up to 64 MiB in the process, as after any large array. On CUDA (NVIDIA, of
     compute capability 8.0 or more) Triton kernels replace the layers; the first call with a new size of images or batch
-    compiles them, measures how to run them and captures a CUDA graph, which takes seconds, then replays it.
+    compiles them, measures how to run them (for batches up to a power of two alike) and captures a CUDA graph, which
+    takes up to seconds, then replays it.
 
     The new module takes images as the model does and has its `forward`, `forward_features`, `forward_head`,
     `num_classes`, `num_features`, `pretrained_cfg` and `default_cfg`. It has no gradients and no train mode, and keeps

@@ -3,6 +3,7 @@
 Features are (N, H, W, C), contiguous: all channels of a position lie side by side. The arithmetic is fp32 (fp64 for
 fp64 features) whatever the features are stored in.
 """
+import functools
 import math
 from typing import Any, Dict, List, Tuple
 
@@ -11,10 +12,11 @@ import triton
 import triton.language as tl
 from torch import nn
 from triton import knobs
+from triton.testing import do_bench
 
-from .fused import Product
+from .fused import Product, Unsupported
 
-__all__ = ['channel_mixing', 'pack_channels', 'pack_patches', 'patch_embedding', 'spatial_mixing']
+__all__ = ['channel_mixing', 'check_launches', 'pack_channels', 'pack_patches', 'patch_embedding', 'spatial_mixing']
 
 # Outputs of a tile of a product, and the step of the channels that it reads; the packing of the weights fixes both.
 BLOCK_N = {torch.float16: 128, torch.bfloat16: 128, torch.float32: 64, torch.float64: 64}
@@ -34,24 +36,33 @@ def _configs(names: Tuple[str, ...], *configs: Tuple[int, ...]) -> List[triton.C
     ]
 
 
+# A few milliseconds for each configuration are hundreds of runs; Triton's own measurement takes a tenth of a second.
+_tuned = functools.partial(triton.autotune, do_bench=functools.partial(do_bench, warmup=5, rep=20))
+
+
+@triton.jit
+def _normal_cdf_half(x):
+    """ Normal distribution function: x times it is within 7e-5 of GELU, closer than half precision stores that, in half
+    the instructions, of which the exact one is nearly half of a spatial kernel."""
+    t = tl.minimum(tl.maximum(x, -4.25), 4.25)
+    s = t * t
+    p = 6.74458997e-11 * s - 6.31731498e-09
+    p = p * s + 2.60238234e-07
+    p = p * s - 6.28470558e-06
+    p = p * s + 0.000100723303
+    p = p * s - 0.00115630482
+    p = p * s + 0.00999114655
+    p = p * s - 0.0666618783
+    p = p * s + 0.399105375
+    return p * t + 0.5
+
+
 @triton.jit
 def _activate(x, ACT: tl.constexpr):
     if ACT == 'gelu':
         x = 0.5 * x * (1 + tl.math.erf(x * 0.7071067811865476))
     elif ACT == 'gelu_half':
-        # within 7e-5, closer than half precision stores it, in half the instructions: the exact one is nearly half of
-        # a spatial kernel
-        t = tl.minimum(tl.maximum(x, -4.25), 4.25)
-        s = t * t
-        p = 6.74458997e-11 * s - 6.31731498e-09
-        p = p * s + 2.60238234e-07
-        p = p * s - 6.28470558e-06
-        p = p * s + 0.000100723303
-        p = p * s - 0.00115630482
-        p = p * s + 0.00999114655
-        p = p * s - 0.0666618783
-        p = p * s + 0.399105375
-        x = x * (p * t + 0.5)
+        x = x * _normal_cdf_half(x)
     elif ACT == 'relu':
         x = tl.where(x < 0, 0., x).to(x.dtype)  # keeps NaN, which on a GPU tl.maximum does not
     return x
@@ -107,8 +118,8 @@ def _load_neighbours(
 
 
 @triton.jit
-def _dot(kernel, tiles, K: tl.constexpr):
-    y = kernel[0] * tiles[0]
+def _dot(kernel, tiles, bias, K: tl.constexpr):
+    y = bias + kernel[0] * tiles[0]
     for j in tl.static_range(1, K):
         y += kernel[j] * tiles[j]
     return y
@@ -121,20 +132,20 @@ def _store_sums(sums_ptr, place, row, ROWS: tl.constexpr, c, C, tile, in_channel
     tl.store(sums_ptr + offset, tl.sum(tile, axis=0)[None, :], in_channels)
 
 
-@triton.autotune(
+@_tuned(
     _configs(
         ('BH', 'BW', 'BC', 'VEC'),
         (32, 16, 64, 2, 4, 1), (32, 16, 64, 2, 8, 1), (32, 8, 64, 2, 4, 1), (16, 8, 64, 2, 4, 1), (8, 8, 64, 2, 4, 1),
         (4, 8, 64, 2, 4, 1), (8, 8, 32, 4, 2, 1)),
-    key=['N', 'H', 'W', 'C', 'K'],
+    key=['SIZE', 'H', 'W', 'C', 'K'],
 )
-@triton.jit(do_not_specialize=['N', 'C'])
+@triton.jit(do_not_specialize=['SIZE', 'C'])
 def spatial_kernel(
-        x_ptr, y_ptr, params_ptr, sums_ptr, N, H, W, C,
+        x_ptr, y_ptr, params_ptr, sums_ptr, SIZE, H, W, C,
         K: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr, TRAINING: tl.constexpr, ACC: tl.constexpr,
         ALIGN: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, VEC: tl.constexpr,
 ):
-    """ A program walks down BH rows of one image, BW columns and BC channels wide.
+    """ A program walks down BH rows of one image, BW columns and BC channels wide; SIZE only tells batches apart.
 
     In training the second convolution's output is stored as it is, with the sums of its activations and their squares.
     """
@@ -149,9 +160,10 @@ def spatial_kernel(
     bias2, scale2, shift2 = _load_kernel(params_ptr, 2 * K + 3, c, C, in_channels, 3, ACC)
 
     # unfinished[j]: sum so far of the output row that needs K - 1 - j more rows
+    nothing = tl.zeros((BW, BC), ACC) + bias2
     unfinished = ()
     for _ in tl.static_range(K):
-        unfinished = unfinished + (tl.zeros((BW, BC), ACC),)
+        unfinished = unfinished + (nothing,)
     total = tl.zeros((BW, BC), ACC)
     squares = tl.zeros((BW, BC), ACC)
     for i in range(BH + K - 1):
@@ -161,12 +173,12 @@ def spatial_kernel(
         if (h >= 0) & (h < H):
             row_ptr = _row(x_ptr, image, h, W, C, ALIGNED)
             tiles = _load_neighbours(row_ptr, w, c, W, C, in_channels, LEFT, K, ALIGNED, ACC)
-            row = _activate(_dot(conv1, tiles, K) + bias1, ACT) * scale1 + shift1
-        y = unfinished[0] + conv2[K - 1] * row + bias2
+            row = _activate(_dot(conv1, tiles, bias1, K), ACT) * scale1 + shift1
+        y = unfinished[0] + conv2[K - 1] * row
         shifted = ()
         for j in tl.static_range(K - 1):
             shifted = shifted + (unfinished[j + 1] + conv2[K - 2 - j] * row,)
-        unfinished = shifted + (tl.zeros((BW, BC), ACC),)
+        unfinished = shifted + (nothing,)
         h -= RIGHT
         if (h >= top) & (h < H):
             offset = tl.multiple_of(w * C + c, (1, ALIGNED))
@@ -209,15 +221,15 @@ def _epilogue(y, x_ptr, y_ptr, params_ptr, rows, cols, M, C, ACT: tl.constexpr, 
     tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), inside)
 
 
-@triton.autotune(
+@_tuned(
     _configs(
         ('BM',),
         (128, 8, 3), (64, 4, 4), (64, 8, 3), (32, 4, 4), (16, 4, 4)),
-    key=['M', 'C'],
+    key=['SIZE', 'C'],
 )
-@triton.jit
+@triton.jit(do_not_specialize=['SIZE'])
 def channel_kernel(
-        x_ptr, y_ptr, weight_ptr, params_ptr, tiles_ptr, M, C,
+        x_ptr, y_ptr, weight_ptr, params_ptr, tiles_ptr, SIZE, M, C,
         ACT: tl.constexpr, RESIDUAL: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
         BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
 ):
@@ -243,15 +255,15 @@ def channel_kernel(
     _epilogue(y, x_ptr, y_ptr, params_ptr, rows, tile * BN + n, M, C, ACT, RESIDUAL)
 
 
-@triton.autotune(
+@_tuned(
     _configs(
         ('BM',),
         (128, 8, 3), (64, 4, 4), (32, 4, 4)),
-    key=['M', 'C', 'TAPS'],
+    key=['SIZE', 'C', 'TAPS'],
 )
-@triton.jit
+@triton.jit(do_not_specialize=['SIZE'])
 def patch_kernel(
-        x_ptr, y_ptr, weight_ptr, params_ptr, M, C, H, W, stride_n, stride_c, stride_h, stride_w,
+        x_ptr, y_ptr, weight_ptr, params_ptr, SIZE, M, C, H, W, stride_n, stride_c, stride_h, stride_w,
         TAPS: tl.constexpr, P: tl.constexpr, STRIDE: tl.constexpr,
         ACT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
         BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
@@ -272,6 +284,30 @@ def patch_kernel(
         weight = tl.load(weight_ptr + k[:, None] * C + cols[None, :], inside, other=0)
         y = _product(x.to(weight.dtype), weight, y, PRECISION)
     _epilogue(y, x_ptr, y_ptr, params_ptr, rows, cols, M, C, ACT, False)
+
+
+@triton.jit
+def _store_one_kernel(y_ptr):
+    tl.store(y_ptr, 1.)
+
+
+def check_launches(device: torch.device) -> None:
+    """ Check that kernels can be launched: Triton compiles its launcher for that, and keeps it on disk.
+
+    Raises:
+        Unsupported: If they cannot (no C compiler, no folder to write to, a driver too old); the message says why.
+    """
+    y = torch.zeros(1, device=device)
+    try:
+        with torch.cuda.device_of(y):
+            _store_one_kernel[(1,)](y)
+    except Exception as e:
+        raise Unsupported(f'Triton that cannot launch kernels ({type(e).__name__}: {" ".join(str(e).split())})') from e
+
+
+def _size(batch: int) -> int:
+    """ What the choice of a configuration goes by: all up to a power of two share it, so that few are measured."""
+    return triton.next_power_of_2(batch)
 
 
 def _act(name: str, dtype: torch.dtype) -> str:
@@ -357,7 +393,7 @@ def spatial_mixing(
         return (N * triton.cdiv(H, config['BH']) * triton.cdiv(W, config['BW']) * triton.cdiv(C, config['BC']),)
 
     spatial_kernel[grid](
-        x, y, params, None, N, H, W, C, K=kernel_size, ACT=_act(act, x.dtype), RESIDUAL=residual, TRAINING=False,
+        x, y, params, None, _size(N), H, W, C, K=kernel_size, ACT=_act(act, x.dtype), RESIDUAL=residual, TRAINING=False,
         ACC=_accumulator(x.dtype), ALIGN=math.gcd(C, 4), enable_fp_fusion=True)
     return y
 
@@ -386,7 +422,7 @@ def channel_mixing(
     M = x.numel() // C
     y = torch.empty_like(x)
     channel_kernel[lambda config: (triton.cdiv(M, config['BM']) * len(tiles),)](
-        x, y, weight, params, tiles, M, C, ACT=_act(act, x.dtype), RESIDUAL=residual,
+        x, y, weight, params, tiles, _size(M), M, C, ACT=_act(act, x.dtype), RESIDUAL=residual,
         ACC=_accumulator(x.dtype), PRECISION=precision, BN=weight.shape[1], BK=BLOCK_K, enable_fp_fusion=True)
     return y
 
@@ -417,7 +453,7 @@ def patch_embedding(
     M = y.numel() // C
     block_n = BLOCK_N[weight.dtype]
     patch_kernel[lambda config: (triton.cdiv(M, config['BM']) * triton.cdiv(C, block_n),)](
-        images, y, weight, params, M, C, H, W, *images.stride(), TAPS=taps, P=patch_size, STRIDE=stride,
+        images, y, weight, params, _size(M), M, C, H, W, *images.stride(), TAPS=taps, P=patch_size, STRIDE=stride,
         ACT=_act(act, weight.dtype), ACC=_accumulator(weight.dtype), PRECISION=precision, BN=block_n, BK=BLOCK_K,
         enable_fp_fusion=True)
     return y

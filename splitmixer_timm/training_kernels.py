@@ -14,6 +14,7 @@ from .kernels import (
     _in_channels,
     _load_kernel,
     _load_neighbours,
+    _normal_cdf_half,
     _place,
     _row,
     _store_sums,
@@ -36,7 +37,11 @@ def _activate_grad(x, ACT: tl.constexpr):
     if ACT == 'relu':
         grad = tl.where(x > 0, 1., 0.).to(x.dtype)
     else:
-        grad = 0.5 * (1 + tl.math.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        if ACT == 'gelu_half':
+            cdf = _normal_cdf_half(x)  # which the activation has as well
+        else:
+            cdf = 0.5 * (1 + tl.math.erf(x * 0.7071067811865476))
+        grad = cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
     return grad
 
 
@@ -60,7 +65,7 @@ def row_sums_kernel(
         if h < H:
             row_ptr = _row(x_ptr, image, h, W, C, ALIGNED)
             tiles = _load_neighbours(row_ptr, w, c, W, C, in_channels, LEFT, K, ALIGNED, ACC)
-            a = tl.where(w < W, _activate(_dot(conv1, tiles, K) + bias1, ACT), 0)
+            a = tl.where(w < W, _activate(_dot(conv1, tiles, bias1, K), ACT), 0)
             total += a
             squares += a * a
     _store_sums(sums_ptr, place, 0, 2, c, C, total, in_channels)
@@ -99,7 +104,7 @@ def spatial_grad_kernel(
         if h < H:
             row_ptr = _row(x_ptr, image, h, W, C, ALIGNED)
             tiles = _load_neighbours(row_ptr, w, c, W, C, in_channels, LEFT, K, ALIGNED, ACC)
-            u = _dot(conv1, tiles, K) + bias1
+            u = _dot(conv1, tiles, bias1, K)
             a = _activate(u, ACT)
             grads = ()
             for j in tl.static_range(K):
@@ -107,7 +112,7 @@ def spatial_grad_kernel(
                 pixel = (h + LEFT - j) * W + w
                 in_image = inside & (pixel >= 0) & (pixel < H * W)
                 grads = grads + (tl.load(row_ptr + offset, in_image, other=0).to(ACC),)
-            grad = _dot(conv2, grads, K)
+            grad = _dot(conv2, grads, 0., K)
             if FIRST:
                 row = a * scale1 + shift1
                 factors = grads
@@ -146,7 +151,7 @@ def row_grad_kernel(
         if h < H:
             row_ptr = _row(grad_ptr, image, h, W, C, ALIGNED)
             tiles = _load_neighbours(row_ptr, w, c, W, C, in_channels, RIGHT, K, ALIGNED, ACC)
-            grad = _dot(flipped, tiles, K)
+            grad = _dot(flipped, tiles, 0., K)
             offset = tl.multiple_of(w * C + c, (1, ALIGNED))
             inside = in_channels & (w < W)
             if RESIDUAL:

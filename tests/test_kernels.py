@@ -177,6 +177,62 @@ def test_autocast():
 
 
 @runs_kernels
+def test_precision():
+    """ TF32 where torch is told to use it, by either of its ways."""
+    asked = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for told, expected in (('ieee', 'tf32x3'), ('tf32', 'tf32')):
+            torch.backends.cuda.matmul.fp32_precision = told
+            assert fused_cuda.build(_model(), torch.float32).stem.precision == expected
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = asked
+    asked = torch.get_float32_matmul_precision()
+    try:
+        for told, expected in (('highest', 'tf32x3'), ('high', 'tf32')):
+            torch.set_float32_matmul_precision(told)
+            assert fused_cuda.build(_model(), torch.float32).stem.precision == expected
+    finally:
+        torch.set_float32_matmul_precision(asked)
+
+
+@runs_kernels
+def test_kernels_that_cannot_be_launched(monkeypatch):
+    """ Triton compiles its launcher at the first launch: without a C compiler there is a reason, not a crash later."""
+    from splitmixer_timm import kernels
+    from splitmixer_timm.fused_training import fuse_for_training
+
+    class Broken:
+        def __getitem__(self, grid):
+            raise RuntimeError('Failed to find C compiler.')
+
+    model = _model()
+    monkeypatch.setattr(kernels, '_store_one_kernel', Broken())
+    for make in (lambda: fused_cuda.build(model, torch.float32), lambda: fuse_for_training(model)):
+        with pytest.raises(Unsupported, match=r'cannot launch kernels \(RuntimeError: Failed to find C compiler\.\)'):
+            make()
+    assert type(model.stem) is torch.nn.Sequential
+
+
+@runs_kernels
+@pytest.mark.parametrize('change', [
+    lambda fused: fused.load_state_dict({k: v.clone() for k, v in fused.state_dict().items()}, assign=True),
+    lambda fused: setattr(fused, 'head', torch.nn.Identity()),
+    lambda fused: setattr(fused.stem, 'weight', fused.stem.weight + 1),
+], ids=['assigned', 'module', 'tensor'])
+def test_graphs_of_what_was_replaced(change):
+    """ They read the memory of the old tensors, and are dropped; what is changed in place they see."""
+    fused = fused_cuda.build(_model(), torch.float32)
+    fused._check_state()
+    fused._graphs['size'] = 'graph'
+    fused.load_state_dict(fused.state_dict())
+    fused._check_state()
+    assert fused._graphs
+    change(fused)
+    fused._check_state()
+    assert not fused._graphs
+
+
+@runs_kernels
 @pytest.mark.parametrize(('kwargs', 'dtype', 'reason'), [
     (dict(spatial_mixing='2d'), torch.float32, "spatial_mixing='2d'"),
     (dict(norm_layer='layernorm2d'), torch.float32, 'norm LayerNorm2d'),
@@ -225,6 +281,63 @@ def test_graphs_on_gpu(dtype):
             assert torch.equal(y, fused.forward_head(fused.forward_features(x)))
     assert len(fused._graphs) == fused_cuda.MAX_GRAPHS
     assert not fused.to('cuda')._graphs
+
+
+@pytest.mark.parametrize('dim', [pytest.param(40, marks=cuda)])
+def test_batches_share_a_configuration_on_gpu(dim):
+    """ Up to a power of two, so that the last batch of a data set is not waited for."""
+    from splitmixer_timm import kernels
+
+    fused = fused_cuda.build(_model(dim=dim), torch.float32)
+    tuned = kernels.spatial_kernel, kernels.channel_kernel, kernels.patch_kernel
+    before = [len(kernel.cache) for kernel in tuned]
+    for batch in (8, 5, 7):
+        fused(torch.randn(batch, 3, 12, 12, device='cuda'))
+    assert [len(kernel.cache) for kernel in tuned] == [count + 1 for count in before]
+
+
+@pytest.mark.parametrize('assign', [pytest.param(assign, marks=cuda) for assign in (True, False)])
+def test_new_weights_on_gpu(assign):
+    """ Weights that are loaded, and parts that are replaced, are those of the next call."""
+    fused, other = (fused_cuda.build(_model(), torch.float32) for _ in range(2))
+    x = torch.randn(1, 3, 12, 12, device='cuda')
+    fused(x)
+    fused.load_state_dict({name: value.clone() for name, value in other.state_dict().items()}, assign=assign)
+    assert torch.equal(fused(x), other(x))
+    fused.head = torch.nn.Linear(24, 3, device='cuda')
+    assert fused(x).shape == (1, 3)
+
+
+@pytest.mark.parametrize('streams', [pytest.param(2, marks=cuda)])
+def test_streams_on_gpu(streams):
+    """ One after the other on the GPU, whatever streams they are called on."""
+    fused = fused_cuda.build(_model(dim=256, depth=8), torch.float32)
+    images = torch.randn(streams, 16, 3, 96, 96, device='cuda')
+    expected = [fused(x) for x in images]
+    torch.cuda.synchronize()
+    lanes = [torch.cuda.Stream() for _ in images]
+    logits = []
+    for _ in range(20):
+        for lane, x in zip(lanes, images):
+            with torch.cuda.stream(lane):
+                logits.append(fused(x))
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, expected[n % streams]) for n, y in enumerate(logits))
+
+
+@pytest.mark.parametrize('size', [pytest.param(15, marks=cuda)])
+def test_captured_by_the_caller_on_gpu(size):
+    """ As part of a larger graph, once its kernels are compiled and their configurations measured."""
+    fused = fused_cuda.build(_model(), torch.float32)
+    x = torch.randn(1, 3, size, size, device='cuda')
+    with pytest.raises(RuntimeError, match=r'must be called once with images \(1, 3, 15, 15\) before'):
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            fused(x)
+    expected, graph = fused(x), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = fused(x)
+    graph.replay()
+    torch.testing.assert_close(y, expected)
 
 
 @pytest.mark.parametrize('size', [pytest.param(12, marks=cuda)])
