@@ -8,7 +8,8 @@ or matrix product must multiply and add. Two ceilings are measured on the same d
 copy and the operations a second of a large matrix product. The limit of an operation is the longer of the times that
 its bytes and its operations take at these. The limit of a forward is the sum of its operations' limits; were all but
 convolutions and matrix products fused into these, the sum of theirs. `--forms plain created optimized` records before
-and after: the network of benchmarks/plain.py, the registered model, and that by `optimize_for_inference`.
+and after: the network of benchmarks/plain.py, the registered model, and that by `optimize_for_inference`. The last is
+on CUDA a kernel for each spatial and each channel mixing, which must read and write the features once.
 """
 import argparse
 import datetime
@@ -18,17 +19,18 @@ import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Tuple
 from unittest import mock
 
 import torch
 from plain import plain_model
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
-from splitmixer_timm import benchmark, fused_cpu, optimize_for_inference, splitmixer
+from splitmixer_timm import SplitMixer, benchmark, fused, fused_cpu, optimize_for_inference, splitmixer
 from splitmixer_timm.benchmark import SETTING, VERSIONS, Results, Row, Settings, Subject, make_images, seconds
 
 KINDS = {
@@ -81,44 +83,35 @@ def kind_of(func: Any, args: Any) -> str:
     return next((kind for kind, names in KINDS.items() if name in names), 'other')
 
 
-class Recorder(TorchDispatchMode):
-    """ Records every operation under it that makes or changes data; views are free."""
+class Timer:
+    """ Times calls of a device, one after the other."""
 
     def __init__(self, device: torch.device):
-        super().__init__()
         self.device = device
         self.operations: List[Operation] = []
         self.events: List[Any] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        out = None
-
-        def work() -> None:
-            nonlocal out
-            out = func(*args, **kwargs)
-
+    def call(self, work: Callable[[], Any]) -> Tuple[Any, float, Any]:
+        """ What a call returns, the seconds it took or, where they are not known yet, the events around it."""
         if self.device.type == 'cuda':
             # read when all is done: to wait for each would time the launches
             events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             events[0].record()
-            work()
+            out = work()
             events[1].record()
-            elapsed = 0.
-        else:
-            events = None
-            elapsed = seconds(work, self.device)
-        inputs = {id(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}.values()
-        outputs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-        storages = {t.untyped_storage().data_ptr() for t in inputs if not t.is_mkldnn}  # which cannot tell
-        is_view = not func._schema.is_mutable and all(t.untyped_storage().data_ptr() in storages for t in outputs)
-        moved = 0 if is_view else sum(t.nbytes for t in (*inputs, *outputs))
-        if moved:
-            count = FORMULAS.get(func.overloadpacket)
-            operations = count(*args, **kwargs, out_val=out) if count else 0
-            self.operations.append(Operation(kind_of(func, args), moved, operations, elapsed))
-            self.events.append(events)
-        return out
+            return out, 0., events
+        out = None
+
+        def keep() -> None:
+            nonlocal out
+            out = work()
+
+        elapsed = seconds(keep, self.device)
+        return out, elapsed, None
+
+    def add(self, operation: Operation, events: Any) -> None:
+        self.operations.append(operation)
+        self.events.append(events)
 
     def finish(self) -> List[Operation]:
         """ The operations, once the device is done with them."""
@@ -129,18 +122,70 @@ class Recorder(TorchDispatchMode):
         return self.operations
 
 
+class Recorder(TorchDispatchMode):
+    """ Records every operation under it that makes or changes data; views are free."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.timer = Timer(device)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out, elapsed, events = self.timer.call(lambda: func(*args, **kwargs))
+        inputs = {id(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}.values()
+        outputs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        storages = {t.untyped_storage().data_ptr() for t in inputs if not t.is_mkldnn}  # which cannot tell
+        is_view = not func._schema.is_mutable and all(t.untyped_storage().data_ptr() in storages for t in outputs)
+        moved = 0 if is_view else sum(t.nbytes for t in (*inputs, *outputs))
+        if moved:
+            count = FORMULAS.get(func.overloadpacket)
+            operations = count(*args, **kwargs, out_val=out) if count else 0
+            self.timer.add(Operation(kind_of(func, args), moved, operations, elapsed), events)
+        return out
+
+
+def _keep_busy(device: torch.device) -> None:
+    """ While the GPU is kept busy the operations queue up: between the events there is no launch then."""
+    if device.type == 'cuda':
+        torch.cuda._sleep(500_000_000)
+
+
 def record(step: Any, device: torch.device) -> List[Operation]:
     """ The operations of a step."""
     recorder = Recorder(device)
     # not inference mode, under which a composite operation comes as one
     with torch.no_grad():
-        if device.type == 'cuda':
-            # while the GPU is kept busy the operations queue up: between the events there is no launch then
-            torch.cuda._sleep(500_000_000)
+        _keep_busy(device)
         # what really runs: to those who record it, the fused form shows its operations with plain weights
         with mock.patch.object(fused_cpu, '_is_recorded', return_value=False), recorder:
             step()
-    return recorder.finish()
+    return recorder.timer.finish()
+
+
+def record_kernels(model: SplitMixer, kernels: nn.Module, images: torch.Tensor) -> List[Operation]:
+    """ The kernels of a model's fused form for CUDA, each with the operations of what it stands for in the model."""
+    work = [('patches', 2 * model.stem[0].weight.numel())]
+    for block in model.blocks:
+        if not isinstance(block.spatial_mixing, nn.Identity):
+            weights = [block.spatial_mixing.conv1.weight, block.spatial_mixing.conv2.weight]
+            work.append(('spatial mixing', 2 * sum(weight.numel() for weight in weights)))
+        if not isinstance(block.channel_mixing, nn.Identity):
+            products = [product for stage in fused.segments(block.channel_mixing.mixer) for product in stage]
+            work.append(('channel mixing', 2 * sum(product.weight.numel() for product in products)))
+    timer, x = Timer(images.device), images
+    with torch.no_grad():
+        _keep_busy(images.device)
+        for (kind, operations), kernel in zip(work, [kernels.stem, *kernels.blocks]):
+            y, elapsed, events = timer.call(functools.partial(kernel, x))
+            moved = x.nbytes + y.nbytes + sum(buffer.nbytes for buffer in kernel.buffers())
+            timer.add(Operation(kind, moved, operations * y[..., 0].numel(), elapsed), events)
+            x = y
+        x = x.permute(0, 3, 1, 2)
+        y, elapsed, events = timer.call(functools.partial(kernels.forward_head, x))
+        weights = list(kernels.head.parameters())
+        moved = x.nbytes + y.nbytes + sum(weight.nbytes for weight in weights)
+        timer.add(Operation('head', moved, 2 * len(x) * sum(weight.numel() for weight in weights), elapsed), events)
+    return timer.finish()
 
 
 def measure_ceilings(device: torch.device, dtype: Optional[torch.dtype], repeats: int = 10) -> Dict[str, float]:
@@ -166,11 +211,16 @@ def measure(
 ) -> List[Dict[str, str]]:
     """ Results of a model: a row for the forward as it runs, for its fused limit, and for each kind of operation."""
     subject = Subject(row, settings, images)
-    subject.step = functools.partial(FORMS[form](subject.step.func), images)
+    model = subject.step.func
+    made = FORMS[form](model)
+    subject.step = functools.partial(made, images)
     subject.warm_up()
     with torch.inference_mode():
         forward = statistics.median(seconds(subject.step, images.device) for _ in range(passes))
-    recorded = [record(subject.step, images.device) for _ in range(passes)]
+    if images.device.type == 'cuda' and isinstance(made, fused.FusedModel):
+        recorded = [record_kernels(model, made, images) for _ in range(passes)]
+    else:
+        recorded = [record(subject.step, images.device) for _ in range(passes)]
     rates = ceilings['copy'], ceilings['operations']
 
     def line(kind: str, operations: List[Operation], took: Optional[float]) -> Dict[str, str]:
@@ -213,8 +263,8 @@ def main(argv: Optional[List[str]] = None) -> int:
             device=str(device), precision=args.precision, memory_format=args.memory_format, batch_size=args.batch_size,
             img_size=args.img_size, batches=1)
         benchmark.check_settings(settings)
-        if 'optimized' in args.forms and device.type != 'cpu':
-            raise ValueError('form optimized can be recorded on a CPU only: elsewhere it is not made of operations')
+        if 'optimized' in args.forms and device.type not in ('cpu', 'cuda'):
+            raise ValueError(f'form optimized is there on a CPU and on CUDA, not on {device}')
         rows = benchmark.check_models(args.models)
         benchmark.check_folder(args.results)
         results = RooflineResults(args.results / f'{benchmark.results_name(str(device))}.roofline.csv')

@@ -1,12 +1,14 @@
 """ The fused form for inference on CUDA, and its Triton kernels."""
 import copy
 import pickle
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
 import torch
-from conftest import KINDS, SPLITMIXERS
+from conftest import KINDS, ROOT, SPLITMIXERS
+from torch.utils.flop_counter import FlopCounterMode
 from triton_device import (
     DEVICE,
     TOLERANCE,
@@ -211,6 +213,26 @@ def test_kernels_that_cannot_be_launched(monkeypatch):
         with pytest.raises(Unsupported, match=r'cannot launch kernels \(RuntimeError: Failed to find C compiler\.\)'):
             make()
     assert type(model.stem) is torch.nn.Sequential
+
+
+@runs_kernels
+def test_roofline():
+    """ What each kernel must move, and multiply and add, is counted; all that the model multiplies is."""
+    sys.path.insert(0, str(ROOT / 'benchmarks'))
+    import roofline
+
+    model = _model(channel_mixing='iii')
+    x = torch.randn(2, 3, 12, 9, device=DEVICE)
+    operations = roofline.record_kernels(model, fused_cuda.build(model, torch.float32), x)
+    assert [operation.kind for operation in operations] == [
+        'patches', *['spatial mixing', 'channel mixing'] * 2, 'head']
+    with FlopCounterMode(display=False) as counter:
+        model(x)
+    assert sum(operation.operations for operation in operations[:-1]) + 2 * 2 * 24 * 7 == counter.get_total_flops()
+    features = 2 * 4 * 3 * 24 * 4
+    params = 4 * 24 * (2 * 3 + 6)
+    assert [operation.bytes for operation in operations[1::2][:2]] == [2 * features + params] * 2
+    assert all(operation.seconds > 0 for operation in operations)
 
 
 @runs_kernels

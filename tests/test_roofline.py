@@ -192,6 +192,23 @@ def test_cuda():
     assert float(forward['seconds']) > float(forward['limit_seconds']) / 2
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA')
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+def test_kernels_on_cuda(precision):
+    """ The fused form's kernels take about as long as the graph that they make up, and no less than their limit."""
+    settings = Settings(device='cuda', batch_size=32, precision=precision)
+    images = make_images(settings)
+    ceilings = roofline.measure_ceilings(torch.device('cuda'), images.dtype)
+    forward, fused, *kinds = roofline.measure(
+        ('splitmixer_i_256_8_ks7_p7', ''), settings, images, ceilings, 5, 'optimized')
+    assert {line['kind']: line['calls'] for line in kinds} == {
+        'patches': '1', 'spatial mixing': '8', 'channel mixing': '8', 'head': '1'}
+    assert fused['limit_seconds'] == forward['limit_seconds']
+    assert sum(float(line['seconds']) for line in kinds) == pytest.approx(float(forward['seconds']), rel=0.3)
+    assert float(forward['seconds']) > float(forward['limit_seconds']) / 2
+
+
 def test_peers_run():
     """ A model of timm's has no operation that breaks the recording."""
     operations = record(timm.create_model('mobilenetv3_small_100').eval(), torch.randn(1, 3, 32, 32))
