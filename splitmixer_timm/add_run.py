@@ -87,7 +87,9 @@ def made_on(run_dir: Path, device: str, scripts: Path) -> Dict[str, str]:
             raise ValueError(
                 f'{run_dir} was trained on {device}, which is not here: add it on the machine that trained it') from e
     parts = yaml.safe_load(file.read_text(encoding='utf-8'))
-    return {key: ' and '.join(dict.fromkeys(part[key] for part in parts)) for key in ('machine', 'torch', 'timm')}
+    made = {key: ' and '.join(dict.fromkeys(part[key] for part in parts)) for key in ('machine', 'torch', 'timm')}
+    runs = max(part['runs'] for part in parts)
+    return {**made, 'machine': f'{made["machine"]}, shared by up to {runs} runs'} if runs > 1 else made
 
 
 def read_weights(run_dir: Path) -> Dict[str, torch.Tensor]:

@@ -211,22 +211,23 @@ def check_args(run: Run) -> None:
             f'{run.folder} was trained with {", ".join(sorted(changes))}: give another --output, or remove it')
 
 
-def note_machine(folder: Path, machine: str, scripts: Path) -> None:
+def note_machine(folder: Path, machine: str, runs: int, scripts: Path) -> None:
     """ Keep in a run's folder what this part of it is made on, for `add_run`."""
     file = folder / MADE_ON
     parts = yaml.safe_load(file.read_text(encoding='utf-8')) if file.is_file() else []
-    part = dict(machine=machine, torch=str(torch.__version__), timm=timm_version(scripts))
+    part = dict(machine=machine, runs=runs, torch=str(torch.__version__), timm=timm_version(scripts))
     if part not in parts:
         manifest.replace_file(file, yaml.safe_dump([*parts, part]).encode())
 
 
-def start(run: Run, scripts: Path, machine: str) -> subprocess.Popen:
+def start(run: Run, scripts: Path, machine: str, runs: int) -> subprocess.Popen:
     """ Begin a run, or go on after its last checkpoint; what it prints is kept in its folder.
 
     Args:
         run: What to train.
         scripts: Folder with timm's train.py.
         machine: What it is trained on, as its model's entry will name it.
+        runs: How many share the machine at most, this one included.
 
     Raises:
         RuntimeError: If the folder is in use, or its checkpoints cannot be read.
@@ -253,7 +254,7 @@ def start(run: Run, scripts: Path, machine: str) -> subprocess.Popen:
         else:
             for name in ('summary.csv', FIRST_ARGS, ELAPSED, MADE_ON):
                 (run.folder / name).unlink(missing_ok=True)
-        note_machine(run.folder, machine, scripts)
+        note_machine(run.folder, machine, runs, scripts)
         manifest.replace_file(run.folder / 'config.yaml', yaml.safe_dump(config).encode())
         with open(run.folder / 'train.log', 'ab') as log:
             return subprocess.Popen(
@@ -309,8 +310,7 @@ def train(
     models, failures = list(models), []
     adding: Dict[str, Future] = {}
     executor = ThreadPoolExecutor(1)
-    if (at_once := min(jobs, len(waiting))) > 1:
-        machine += f', shared by up to {at_once} runs'
+    at_once = min(jobs, len(waiting))
     progress = tqdm(total=sum(planned.values()), unit='epoch', disable=None)
     reported = monotonic()
 
@@ -327,7 +327,7 @@ def train(
             while waiting and len(running) < jobs:
                 run = waiting.pop(0)
                 try:
-                    running[run.folder] = start(run, scripts, machine)
+                    running[run.folder] = start(run, scripts, machine, at_once)
                 except (OSError, RuntimeError, ValueError) as e:
                     fail(f'{run.folder.name}: not started: {e}')
             for folder, process in list(running.items()):
