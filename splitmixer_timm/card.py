@@ -208,7 +208,7 @@ def model_card(
         ('Time', f'{training["hours"]} hours on {training["machine"]}' if 'hours' in training else None),
         ('Versions', f'torch {training["torch"]}, timm {training["timm"]}' if 'torch' in training else None),
         ('Arguments', 'all of them in `args.yaml`' if training.get('args') else None),
-        ('Log', 'each epoch in `summary.csv`' if training.get('summary') else None),
+        ('Log', 'each measured epoch in `summary.csv`' if training.get('summary') else None),
     ]
     told = [f'- {name}: {fact}' for name, fact in facts if fact is not None]
     lines += told or ['Not recorded.']

@@ -29,7 +29,8 @@ All models have 102 classes, as the paper's. Without CUDA a wall clock times the
 protocol, and the results say so.
 
 Every measurement is kept in DIR/<device>.csv as soon as it is made. A second run measures only what is missing, failed,
-or was measured with another --batches. Exit status 1 if a model failed (the others are measured all the same)."""
+or was measured with another --batches; a row of which repeats are missing begins anew where the code is another since,
+or not committed. Exit status 1 if a model failed (the others are measured all the same)."""
 
 
 class CommandError(Exception):

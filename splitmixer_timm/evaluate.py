@@ -19,13 +19,13 @@ def full_precision() -> Iterator[None]:
     """ Products of fp32 in fp32: torch allows convolutions on CUDA TF32 by itself, and more where it is told to."""
     backends = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul, \
         torch.backends.mkldnn.conv
-    before = [backend.fp32_precision for backend in backends]
-    for backend in backends:
+    before = [(backend, precision) for backend in backends if (precision := backend.fp32_precision) != 'ieee']
+    for backend, _ in before:
         backend.fp32_precision = 'ieee'
     try:
         yield
     finally:
-        for backend, precision in zip(backends, before):
+        for backend, precision in before:
             backend.fp32_precision = precision
 
 

@@ -173,6 +173,8 @@ class FusedSplitMixer(FusedModel):
     def _check_state(self) -> None:
         """ Drop the graphs if a tensor or a module was replaced: they read the memory of the old one."""
         if any(members.get(name) is not value for members, name, value in self._state):
+            if self._done is not None:
+                self._done.synchronize()  # what still runs reads it
             self._graphs.clear()
             self._state = []
         self._state = self._state or [
@@ -193,6 +195,7 @@ class FusedSplitMixer(FusedModel):
             self._check_state()
             if key not in self._graphs:
                 if len(self._graphs) == MAX_GRAPHS:
+                    self._done.synchronize()
                     self._graphs.popitem(last=False)
                 with _launching:
                     self._graphs[key] = self._capture(x)

@@ -37,7 +37,8 @@ def optimize_for_inference(model: SplitMixer, *, dtype: Optional[torch.dtype] = 
 
     The new module takes images as the model does and has its `forward`, `forward_features`, `forward_head`,
     `num_classes`, `num_features`, `pretrained_cfg` and `default_cfg`. It has no gradients and no train mode, and keeps
-    its device and data type. Modules within it hold weights and are not called, nor are hooks on them.
+    its device and data type. On a CPU the modules of stem and blocks hold weights and are not called, nor are hooks on
+    them; on CUDA no hook is once a graph is replayed.
 
     Where there is no such form (a norm other than BatchNorm2d, an activation other than exact GELU and ReLU, a data
     type or device without kernels, a part that was replaced or hooked on to, a subclass) a warning says why and a plain

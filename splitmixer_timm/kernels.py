@@ -306,7 +306,7 @@ def check_launches(device: torch.device) -> None:
 
 
 def _size(batch: int) -> int:
-    """ What the choice of a configuration goes by: all up to a power of two share it, so that few are measured."""
+    """ The batch that a configuration is chosen for: all up to a power of two share it, so that few are measured."""
     return triton.next_power_of_2(batch)
 
 
@@ -418,11 +418,11 @@ def channel_mixing(
         residual: Add the input.
         precision: Precision of fp32 products, as `tl.dot` names it.
     """
-    C = x.shape[-1]
-    M = x.numel() // C
+    N, H, W, C = x.shape
+    M = N * H * W
     y = torch.empty_like(x)
     channel_kernel[lambda config: (triton.cdiv(M, config['BM']) * len(tiles),)](
-        x, y, weight, params, tiles, _size(M), M, C, ACT=_act(act, x.dtype), RESIDUAL=residual,
+        x, y, weight, params, tiles, _size(N) * H * W, M, C, ACT=_act(act, x.dtype), RESIDUAL=residual,
         ACC=_accumulator(x.dtype), PRECISION=precision, BN=weight.shape[1], BK=BLOCK_K, enable_fp_fusion=True)
     return y
 
@@ -453,7 +453,7 @@ def patch_embedding(
     M = y.numel() // C
     block_n = BLOCK_N[weight.dtype]
     patch_kernel[lambda config: (triton.cdiv(M, config['BM']) * triton.cdiv(C, block_n),)](
-        images, y, weight, params, _size(M), M, C, H, W, *images.stride(), TAPS=taps, P=patch_size, STRIDE=stride,
-        ACT=_act(act, weight.dtype), ACC=_accumulator(weight.dtype), PRECISION=precision, BN=block_n, BK=BLOCK_K,
-        enable_fp_fusion=True)
+        images, y, weight, params, _size(len(images)) * H * W, M, C, H, W, *images.stride(), TAPS=taps, P=patch_size,
+        STRIDE=stride, ACT=_act(act, weight.dtype), ACC=_accumulator(weight.dtype), PRECISION=precision, BN=block_n,
+        BK=BLOCK_K, enable_fp_fusion=True)
     return y

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -211,11 +212,11 @@ def check_args(run: Run) -> None:
             f'{run.folder} was trained with {", ".join(sorted(changes))}: give another --output, or remove it')
 
 
-def note_machine(folder: Path, machine: str, runs: int, scripts: Path) -> None:
+def note_machine(folder: Path, machine: str, runs: int, torch_version: str, timm_version: str) -> None:
     """ Keep in a run's folder what this part of it is made on, for `add_run`."""
     file = folder / MADE_ON
-    parts = yaml.safe_load(file.read_text(encoding='utf-8')) if file.is_file() else []
-    part = dict(machine=machine, runs=runs, torch=str(torch.__version__), timm=timm_version(scripts))
+    parts = (yaml.safe_load(file.read_text(encoding='utf-8')) if file.is_file() else None) or []
+    part = dict(machine=machine, runs=runs, torch=torch_version, timm=timm_version)
     if part not in parts:
         manifest.replace_file(file, yaml.safe_dump([*parts, part]).encode())
 
@@ -240,6 +241,8 @@ def start(run: Run, scripts: Path, machine: str, runs: int) -> subprocess.Popen:
         checkpoint = last_checkpoint(run.folder)
         if checkpoint:
             check_args(run)
+            if not (run.folder / MADE_ON).is_file():  # begun by hand, or by a version that kept nothing
+                note_machine(run.folder, 'an unknown machine', 1, 'unknown', 'unknown')
             # train.py writes args.yaml anew, and with it the time that this part began; cut off before, it adds none
             args = run.folder / 'args.yaml'
             finished = checkpoint.stat().st_mtime
@@ -254,7 +257,7 @@ def start(run: Run, scripts: Path, machine: str, runs: int) -> subprocess.Popen:
         else:
             for name in ('summary.csv', FIRST_ARGS, ELAPSED, MADE_ON):
                 (run.folder / name).unlink(missing_ok=True)
-        note_machine(run.folder, machine, runs, scripts)
+        note_machine(run.folder, machine, runs, str(torch.__version__), timm_version(scripts))
         manifest.replace_file(run.folder / 'config.yaml', yaml.safe_dump(config).encode())
         with open(run.folder / 'train.log', 'ab') as log:
             return subprocess.Popen(
@@ -315,8 +318,9 @@ def train(
     reported = monotonic()
 
     def tell(line: str, file: TextIO = sys.stdout) -> None:
-        tqdm.write(line, file=file)
-        file.flush()  # whoever ends this process hard has what it told
+        with suppress(OSError):  # a reader that went away is no reason to end the runs
+            tqdm.write(line, file=file)
+            file.flush()  # whoever ends this process hard has what it told
 
     def fail(failure: str) -> None:
         failures.append(failure)
@@ -328,7 +332,7 @@ def train(
                 run = waiting.pop(0)
                 try:
                     running[run.folder] = start(run, scripts, machine, at_once)
-                except (OSError, RuntimeError, ValueError) as e:
+                except (OSError, RuntimeError, ValueError, yaml.YAMLError) as e:
                     fail(f'{run.folder.name}: not started: {e}')
             for folder, process in list(running.items()):
                 if process.poll() is not None:

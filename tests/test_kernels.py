@@ -314,7 +314,7 @@ def test_batches_share_a_configuration_on_gpu(dim):
     tuned = kernels.spatial_kernel, kernels.channel_kernel, kernels.patch_kernel
     before = [len(kernel.cache) for kernel in tuned]
     for batch in (8, 5, 7):
-        fused(torch.randn(batch, 3, 12, 12, device='cuda'))
+        fused(torch.randn(batch, 3, 12, 15, device='cuda'))
     assert [len(kernel.cache) for kernel in tuned] == [count + 1 for count in before]
 
 

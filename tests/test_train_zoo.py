@@ -16,7 +16,7 @@ import yaml
 from conftest import DATA_DIR, ROOT
 from timm.models import is_model
 
-from splitmixer_timm import add_run, cli, manifest, train_zoo
+from splitmixer_timm import add_run, cli, manifest, runs, train_zoo
 from splitmixer_timm.machine import device_name
 from splitmixer_timm.run import environment
 
@@ -182,6 +182,21 @@ def test_gone_on_with_elsewhere(zoo, monkeypatch):
     entry = train_zoo.add(model, zoo.path / 'scripts', zoo.path / 'data', 'cpu')
     assert entry['training']['machine'] == f'{device_name("cpu")} and Great GPU'
     assert (entry['training']['torch'], entry['training']['timm']) == (torch.__version__, timm.__version__)
+
+
+@pytest.mark.usefixtures('validated')
+@pytest.mark.parametrize('kept', [None, b''])
+def test_gone_on_with_where_nothing_was_kept(zoo, kept):
+    """ What the first part was made on is not guessed; a file that was cut off holds nothing up."""
+    assert zoo.run(OTHER) == 0
+    folder = zoo.path / 'runs' / f'{OTHER}-42'
+    shutil.copy(zoo.path / 'checkpoint-1', folder / 'last.pth.tar')
+    (folder / runs.MADE_ON).unlink()
+    if kept is not None:
+        (folder / runs.MADE_ON).write_bytes(kept)
+    assert zoo.run(OTHER) == 0
+    machines = [part['machine'] for part in yaml.safe_load((folder / runs.MADE_ON).read_text())]
+    assert machines == [*(['an unknown machine'] if kept is None else []), device_name('cpu')]
 
 
 def test_the_package_is_found():
