@@ -17,8 +17,8 @@ __all__ = ['Accuracy', 'evaluate']
 @contextmanager
 def full_precision() -> Iterator[None]:
     """ Products of fp32 in fp32: torch allows convolutions on CUDA TF32 by itself, and more where it is told to."""
-    backends = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul, \
-        torch.backends.mkldnn.conv
+    cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
+    backends = cuda.matmul, cudnn.conv, mkldnn.matmul, mkldnn.conv
     before = [(backend, precision) for backend in backends if (precision := backend.fp32_precision) != 'ieee']
     for backend, _ in before:
         backend.fp32_precision = 'ieee'

@@ -36,7 +36,7 @@ def _configs(names: Tuple[str, ...], *configs: Tuple[int, ...]) -> List[triton.C
     ]
 
 
-# A few milliseconds for each configuration are hundreds of runs; Triton's own measurement takes a tenth of a second.
+# Triton by itself would warm up each configuration for 25 ms and measure it for 100.
 _tuned = functools.partial(triton.autotune, do_bench=functools.partial(do_bench, warmup=5, rep=20))
 
 

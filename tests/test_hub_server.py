@@ -142,7 +142,7 @@ sys.stdin.read()
             ['main', 'dev'], ['v1'], ['refs/pr/1']]
         assert set(api.list_repo_files(NAME)) == {'.gitattributes', *FILES}
         info = api.model_info(NAME, files_metadata=True)
-        assert (info.sha, info.card_data.library_name, len(info.siblings)) == (first, 'timm', 5)
+        assert (info.sha, info.card_data['library_name'], len(info.siblings)) == (first, 'timm', 5)
         assert api.get_paths_info(NAME, [LARGE])[0].lfs.size == len(CONTENT)
         assert api.file_exists(NAME, LARGE)
         assert not api.file_exists(NAME, 'none')
