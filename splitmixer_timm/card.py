@@ -224,39 +224,67 @@ def model_card(
     return _join(metadata, f'{BEGIN}\n{body}\n{END}\n')
 
 
-def _join(metadata: Dict[str, Any], body: str) -> str:
-    return f'---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=1000)}---\n\n{body}'
+def _dump(metadata: Dict[str, Any]) -> str:
+    return yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=1000) if metadata else ''
 
 
-def _split(card: str) -> Tuple[Dict[str, Any], str]:
+def _join(metadata: Dict[str, Any], body: str, kept: str = '') -> str:
+    return f'---\n{_dump(metadata)}{kept}---\n\n{body}'
+
+
+def _split(card: str) -> Tuple[str, str]:
+    """ Metadata, as YAML, and Markdown of a card."""
     card = card.replace('\r\n', '\n')
     match = re.match(r'\s*---[ \t]*\n(.*?\n)??---[ \t]*(?:\n+|\Z)(.*)', card, re.DOTALL)
-    metadata = yaml.safe_load(match[1] or '{}') if match else {}
-    if not isinstance(metadata, dict):
-        raise yaml.YAMLError('its metadata is no mapping')
-    return metadata, match[2] if match else card
+    return (match[1] or '', match[2]) if match else ('', card)
+
+
+def _read(metadata: str) -> Tuple[Dict[str, Any], Dict[str, str]]:
+    """ Metadata with every scalar as text, and the lines of each key as they were written.
+
+    YAML would read `language: no` as False and a version 1.10 as 1.1, and write what it has read; only keys that share
+    lines or values are written so.
+
+    Raises:
+        yaml.YAMLError: If it is not YAML, or no mapping.
+        ValueError: If keys that share lines or values have one that is none.
+    """
+    values = yaml.load(metadata, Loader=yaml.BaseLoader) or {}
+    if not isinstance(values, dict):
+        raise yaml.YAMLError('it is no mapping')
+    node = yaml.compose(metadata, Loader=yaml.BaseLoader)
+    marks = [key.start_mark for key, _ in node.value] if values else []
+    if any(mark.column for mark in marks) or any(isinstance(token, yaml.AliasToken) for token in yaml.scan(metadata)):
+        return values, {str(key): _dump({key: value}) for key, value in yaml.safe_load(metadata).items()}
+    ends = [mark.index for mark in marks[1:]] + [len(metadata)]
+    return values, {
+        key.value: metadata[mark.index:end] for (key, _), mark, end in zip(node.value if values else [], marks, ends)}
 
 
 def merge_cards(existing: str, new: str) -> str:
     """ A card made anew in place of the part that an earlier push made; what else the card has is kept.
 
-    Metadata that the new card has replaces that of the same name, but a licence stays what it was, and tags are joined.
-    Of a card that timm made, which says of every model the same, nothing is kept but what was added.
+    Metadata that the new card has replaces that of the same name, but a licence stays what it was, and tags are joined;
+    what is kept is kept letter by letter. Of a card that timm made, which says of every model the same, nothing is kept
+    but what was added.
 
     Raises:
         ValueError: If the existing card's metadata is not YAML.
     """
+    old_text, old_body = _split(existing)
     try:
-        old_metadata, old_body = _split(existing)
-    except yaml.YAMLError as e:
+        old_metadata, lines = _read(old_text)
+    except (yaml.YAMLError, ValueError) as e:
         raise ValueError(f'README.md has metadata that cannot be read: {str(e).splitlines()[0]}') from e
-    metadata, body = _split(new)
-    tags = old_metadata.get('tags')
-    if not isinstance(tags, list):
-        tags = []
-    # timm's tag of every model it publishes, which transformers does not load
-    metadata['tags'] = list(dict.fromkeys([*metadata['tags'], *(tag for tag in tags if tag != 'transformers')]))
-    old_body = re.sub(r'\A# Model card for .*\n*', '', old_body)
+    text, body = _split(new)
+    metadata = yaml.safe_load(text)
+    tags = old_metadata.get('tags') or []
+    if isinstance(tags, str):
+        tags = [tags]
+    if 'transformers' in tags:  # timm's tag of every model it publishes, which transformers does not load
+        tags = [tag for tag in tags if tag != 'transformers']
+        old_body = re.sub(r'\A# Model card for .*\n*', '', old_body)
+    metadata['tags'] += [tag for tag in tags if tag not in metadata['tags']]
     generated = re.search(f'{re.escape(BEGIN)}.*?{re.escape(END)}\n?', old_body, re.DOTALL)
     if generated:
         # sections that somebody wrote into the generated part go below it
@@ -268,5 +296,5 @@ def merge_cards(existing: str, new: str) -> str:
         body = f'{body}\n{old_body}'
     if old_metadata.get('license'):
         metadata['license'] = old_metadata['license']
-    kept = {key: value for key, value in old_metadata.items() if key not in metadata.keys() | _OWNED}
-    return _join({**metadata, **kept}, body)
+    kept = ''.join(line for key, line in lines.items() if key not in metadata.keys() | _OWNED)
+    return _join(metadata, body, kept)

@@ -112,6 +112,7 @@ def _predict(args: argparse.Namespace) -> int:
     except Exception as e:  # whatever a model from elsewhere has amiss (its config, its file, its place)
         raise CommandError(f'cannot load {model_name}: {e or type(e).__name__}') from e
 
+    sys.stdout.reconfigure(errors='backslashreplace')  # file names that are not text, as standard error shows them
     failures = 0
     answers: List[Dict[str, Any]] = []
     results = classify(classifier, sources, args.topk, args.batch_size)
@@ -421,7 +422,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument('--dataset', help='what a run was trained on: cifar10, ..., an id of the Hub, or any name')
     command.add_argument(
         '--label-names', metavar='FILE', type=Path, help="class names, a line each (default: a run's class folders)")
-    command.add_argument('--private', action='store_true', help='make a new repository a private one')
+    command.add_argument('--private', action='store_true', default=None, help='make a new repository a private one')
     command.add_argument('--token', help='token of the Hub (default: the one that is logged in)')
     command.add_argument('--revision', metavar='BRANCH', help='branch, made if it does not exist (default: main)')
     command.add_argument('--message', default='Add model', help='message of the commit (default: %(default)s)')

@@ -4,12 +4,14 @@ A repository holds what plain timm reads (config.json and model.safetensors, nev
 arguments and log of its run where they are known.
 """
 import copy
+import inspect
 import json
 import logging
 import shutil
 import tempfile
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
@@ -35,8 +37,8 @@ from torch import nn
 
 from . import __version__, manifest
 from .card import DATASETS, merge_cards, model_card
-from .hub_errors import HubError, TransportError, explained
-from .runs import checkpoint_epoch, public_args, read_args, read_summary
+from .hub_errors import HubError, TransportError, checked_token, explained, within
+from .runs import checkpoint_epoch, is_local_dataset, public_args, read_args, read_summary
 from .splitmixer import _NORM_LAYERS
 
 __all__ = ['HubError', 'Release', 'pull_from_hub', 'push_to_hub']
@@ -57,7 +59,7 @@ def _is_ours(arch: Any) -> bool:
 def _named_args(model_args: Dict[str, Any]) -> Dict[str, Any]:
     """ Arguments of a model as JSON has them: classes of layers by timm's name."""
     names = {
-        **{layer: name for name, layer in reversed(_ACT_LAYER_DEFAULT.items())},
+        nn.GELU: 'gelu', **{layer: name for name, layer in reversed(_ACT_LAYER_DEFAULT.items())},
         **{layer: name for name, layer in _NORM_LAYERS.items()},
     }
     named = {}
@@ -112,27 +114,28 @@ def _checked_data_config(data_config: Optional[Dict[str, Any]], in_chans: int) -
     return given
 
 
-def _checked_token(token: Optional[str]) -> Optional[str]:
-    """ A token that can be sent; one that cannot would be shown by the error of the connection."""
-    if token is None:
-        return None
-    token = token.strip()
-    if not token or not token.isascii() or not token.isprintable() or ' ' in token:
-        raise ValueError('token must be one word of ASCII letters and digits (it is not shown here).')
-    return token
-
-
 def _is_same(state_dict: Dict[str, torch.Tensor], other: Dict[str, torch.Tensor]) -> bool:
     return state_dict.keys() == other.keys() and all(
         value.dtype == other[key].dtype and torch.equal(value, other[key].cpu()) for key, value in state_dict.items())
 
 
+def _computation(model: nn.Module) -> Dict[str, Any]:
+    """ What a model computes in eval mode, but for its weights: every argument of its class, defaults included."""
+    args = {name: parameter.default for name, parameter in inspect.signature(type(model)).parameters.items()}
+    args.update(model.model_args, global_pool=model.global_pool.pool_type)
+    return _named_args({
+        name: value for name, value in args.items()
+        if name not in ('num_classes', 'drop_rate', 'drop_path_rate', 'device', 'dtype')})
+
+
 def _zoo_name(model: nn.Module) -> Optional[str]:
-    """ 'arch.tag' of a model that still has the zoo's weights, None for any other."""
+    """ 'arch.tag' of a model that is still the zoo's, in its weights and in what it does with them, else None."""
     cfg = model.pretrained_cfg
     name = f'{cfg.get("architecture")}.{cfg.get("tag")}'
     file = manifest.bundled_file(name)
-    return name if file is not None and _is_same(load_file(file), model.state_dict()) else None
+    if file is None or not _is_same(load_file(file), model.state_dict()):
+        return None
+    return name if _computation(model) == _computation(timm.create_model(name, device='meta')) else None
 
 
 @dataclass
@@ -258,12 +261,18 @@ def _of_the_zoo(name: str, model: nn.Module, **given) -> Release:
         WEIGHTS: manifest.weights_file(name),
         ARGS: manifest.WEIGHTS_DIR / training['args'], SUMMARY: manifest.WEIGHTS_DIR / training['summary'],
     }
-    return Release(**{
+    release = Release(**{
         'model': model, 'metrics': {'split': 'test', **entry['metrics']}, 'dataset': entry['dataset'],
         'label_names': manifest.label_names(entry['dataset']), 'training': training, 'name': name,
         'extra': {key: path.read_bytes() for key, path in files.items() if path.is_file()},
         **{key: value for key, value in given.items() if value is not None},
     })
+    zoo, own = (
+        json.dumps(resolve_data_config(pretrained_cfg=cfg))
+        for cfg in (timm.get_pretrained_cfg(name).to_dict(), release.cfg))
+    if zoo != own and given.get('metrics') is None:
+        release.metrics = {}  # the zoo's were measured on images prepared otherwise
+    return release
 
 
 def _describe(model: nn.Module, **given) -> Release:
@@ -279,6 +288,8 @@ def _dataset_of(name: str) -> Optional[str]:
     """ Data set behind train.py's `--dataset`, None for folders and unknown ones."""
     scheme, _, rest = name.partition('/')
     if scheme == 'hfds':
+        if is_local_dataset(name):
+            return None
         return next((key for key, data in DATASETS.items() if data.hub_id == rest), rest)
     return rest if scheme in ('torch', 'tfds') and rest in DATASETS else None
 
@@ -291,7 +302,8 @@ def run_release(
     """ The model of a run of timm's train.py, from its output folder or one of its checkpoints.
 
     Preprocessing is that of the run's arguments, class names are its class folders' where they are at hand, metrics
-    those that train.py measured of the checkpoint on its validation split (of an average of checkpoints: none).
+    those that train.py measured of the checkpoint on its validation split (of an average of checkpoints: none, nor of
+    an EMA that it kept on the CPU).
 
     Raises:
         ValueError: If it is not a run, or of another architecture.
@@ -325,12 +337,13 @@ def run_release(
     root = args.get('data_dir') or args.get('data')
     if label_names is None and known in DATASETS and not name.startswith('hfds/'):
         label_names = manifest.label_names(known)
-    elif label_names is None and not name and root and Path(root).is_dir():
-        reader = create_dataset('', root=root, split=args['train_split'], class_map=args.get('class_map') or '').reader
-        label_names = tuple(sorted(reader.class_to_idx, key=reader.class_to_idx.get))
+    elif label_names is None and not name and root:
+        label_names = _class_folders(root, args, model.num_classes)
     if label_names is None:
         _logger.warning(f'{folder}: its class folders are not at hand, published without class names')
     rows = [row for row in read_summary(folder) if int(row['epoch']) == epoch]
+    if args.get('model_ema') and args.get('model_ema_force_cpu'):
+        rows = []  # the checkpoint's weights are the EMA's, and train.py did not measure that one
     metrics = {key: float(rows[-1][f'eval_{key}']) for key in _METRICS if rows and rows[-1].get(f'eval_{key}')}
     if metrics:
         metrics['split'] = args['val_split']
@@ -345,6 +358,16 @@ def run_release(
         files[SUMMARY] = (folder / SUMMARY).read_bytes()
     training = {'seed': args.get('seed'), 'epochs': epoch if epoch is None else epoch + 1, **_told_by(files)}
     return Release(model, metrics, dataset or known, label_names, data_config, training, files)
+
+
+def _class_folders(root: str, args: Dict[str, Any], num_classes: int) -> Optional[Tuple[str, ...]]:
+    """ Names of a run's class folders in label order, None where there are none such any more."""
+    try:
+        reader = create_dataset('', root=root, split=args['train_split'], class_map=args.get('class_map') or '').reader
+        names = tuple(sorted(reader.class_to_idx, key=reader.class_to_idx.get))
+    except Exception:  # whatever lies there now
+        return None
+    return names if len(names) == num_classes else None
 
 
 def _told_by(files: Dict[str, bytes]) -> Dict[str, str]:
@@ -370,14 +393,16 @@ def folder_release(
 
 
 @contextmanager
-def _new_branch(api: HfApi, repo_id: str, branch: str) -> Iterator[None]:
-    """ A branch that goes again if what is done with it fails."""
+def _new_branch(api: HfApi, repo_id: str, branch: str) -> Iterator[str]:
+    """ A branch, given by its commit, that goes again if what is done with it fails and nobody else committed to it."""
     api.create_branch(repo_id, branch=branch)
+    made_from = api.model_info(repo_id, revision=branch).sha
     try:
-        yield
+        yield made_from
     except BaseException:
         with suppress(TransportError):
-            api.delete_branch(repo_id, branch=branch)
+            if api.model_info(repo_id, revision=branch).sha == made_from:
+                api.delete_branch(repo_id, branch=branch)
         raise
 
 
@@ -385,15 +410,15 @@ def upload(
         release: Release,
         repo_id: str,
         *,
-        private: bool = False,
-        token: Optional[str] = None,
+        private: Optional[bool] = None,
+        token: Optional[Union[str, bool]] = None,
         revision: Optional[str] = None,
         commit_message: str = 'Add model',
         create_pr: bool = False,
         parent_commit: Optional[str] = None,
 ) -> CommitInfo:
     """ Publish a release in one commit, see `push_to_hub`."""
-    token = _checked_token(token)
+    token = checked_token(token)
     api = HfApi(token=token, **_LIBRARY)
     files = release.files(repo_id)
     with explained(repo_id, revision), ExitStack() as stack:
@@ -404,8 +429,7 @@ def upload(
         except RevisionNotFoundError:
             if create_pr:
                 raise
-            stack.enter_context(_new_branch(api, repo_id, revision))
-            head = api.model_info(repo_id, revision=revision).sha
+            head = stack.enter_context(_new_branch(api, repo_id, revision))
         with tempfile.TemporaryDirectory() as folder:
             try:
                 existing = hf_hub_download(repo_id, CARD, revision=head, local_dir=folder, token=token, **_LIBRARY)
@@ -431,8 +455,8 @@ def push_to_hub(
         *,
         metrics: Optional[Dict[str, Any]] = None,
         dataset: Optional[str] = None,
-        private: bool = False,
-        token: Optional[str] = None,
+        private: Optional[bool] = None,
+        token: Optional[Union[str, bool]] = None,
         revision: Optional[str] = None,
         commit_message: str = 'Add model',
         create_pr: bool = False,
@@ -452,7 +476,8 @@ def push_to_hub(
         repo_id: 'USER/NAME', made if it does not exist.
         metrics: 'top1' and 'top5' in percent, on how many 'images' of which 'split', 'measured_by' what.
         dataset: What it was trained on: a name of `splitmixer_timm.card.DATASETS`, an id of the Hub, or any other name.
-        private: Whether a new repository is private.
+        private: Whether a new repository is private; if None as the Hub has it: public, but for organisations that
+            have chosen otherwise.
         token: Token of the Hub, the one that is logged in if None.
         revision: Branch, made if it does not exist; 'main' if None.
         commit_message: Message of the commit.
@@ -465,7 +490,7 @@ def push_to_hub(
         URL of the commit, or of the pull request.
 
     Raises:
-        ValueError: If the model or what is said of it cannot be published.
+        ValueError: If the model or what is said of it cannot be published, or `token` cannot be sent.
         HubError: If the Hub refuses or cannot be reached; the repository is then as it was (one that did not exist may
             be there, empty).
     """
@@ -491,28 +516,30 @@ def _load(folder: Path, name: str) -> nn.Module:
         pass
     try:
         return timm.create_model(f'local-dir:{folder}', pretrained=True)
-    except (RuntimeError, ValueError, TypeError, KeyError) as e:
-        raise HubError(f'{name}: {CONFIG} does not fit {WEIGHTS}: {" ".join(str(e).split())[:500]}') from e
+    except Exception as e:  # whatever a config from elsewhere has amiss
+        reason = ' '.join(str(e).split())[:500] or type(e).__name__
+        raise HubError(f'{name}: {CONFIG} does not fit {WEIGHTS}: {reason}') from e
 
 
 def download(
         repo_id: str,
         *,
         revision: Optional[str] = None,
-        token: Optional[str] = None,
+        token: Optional[Union[str, bool]] = None,
         cache_dir: Optional[Union[str, Path]] = None,
         local_files_only: bool = False,
         optional: Sequence[str] = (),
 ) -> Path:
     """ Folder of the cache with config.json and model.safetensors of one commit, and what there is of `optional`."""
-    token = _checked_token(token)
+    token = checked_token(token)
     kwargs = dict(cache_dir=cache_dir, token=token, **_LIBRARY)
     with explained(repo_id, revision):
         if not local_files_only and not constants.HF_HUB_OFFLINE:
             try:
                 # one request that fails at once, where a download would try for half a minute
-                HfApi(token=token, **_LIBRARY).model_info(repo_id, revision=revision, timeout=_REACH_SECONDS)
-            except TransportError as e:
+                api = HfApi(token=token, **_LIBRARY)
+                within(_REACH_SECONDS, partial(api.model_info, repo_id, revision=revision, timeout=_REACH_SECONDS))
+            except (TransportError, json.JSONDecodeError) as e:
                 if isinstance(e, HfHubHTTPError) and e.response.status_code < 500:
                     raise
                 local_files_only = True
@@ -540,7 +567,7 @@ def pull_from_hub(
         repo_id: str,
         *,
         revision: Optional[str] = None,
-        token: Optional[str] = None,
+        token: Optional[Union[str, bool]] = None,
         cache_dir: Optional[Union[str, Path]] = None,
         local_files_only: bool = False,
 ) -> nn.Module:
@@ -561,6 +588,7 @@ def pull_from_hub(
     Raises:
         HubError: If it cannot be had (no such repository or revision, no permission, no network and not in the cache)
             or cannot be used (another architecture, weights that do not fit its config, damaged files).
+        ValueError: If `token` cannot be sent, or two revisions are given.
     """
     repo_id, revision = split_revision(repo_id, revision)
     folder = download(
@@ -581,7 +609,7 @@ def pull_to_folder(
         folder: Path,
         *,
         revision: Optional[str] = None,
-        token: Optional[str] = None,
+        token: Optional[Union[str, bool]] = None,
 ) -> List[str]:
     """ Leave a model of the Hub in a new folder that `timm.create_model('local-dir:FOLDER', pretrained=True)` reads.
 

@@ -1,8 +1,12 @@
 """ What goes wrong with the Hugging Face Hub, told in one line that says what to do. """
+import json
+import queue
+import re
+import threading
 from contextlib import contextmanager
-from typing import Iterator, Optional
+from typing import Any, Callable, Iterator, Optional, Union
 
-from huggingface_hub import constants
+from huggingface_hub import constants, get_token
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -16,7 +20,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 
-__all__ = ['HubError', 'TransportError', 'explained']
+__all__ = ['HubError', 'OutOfTime', 'TransportError', 'checked_token', 'explained', 'within']
 
 # any failure of the connection: httpx's, of which huggingface_hub 2.0 made httpx2's
 TransportError = next(base for base in HfHubHTTPError.__bases__ if base is not OSError)
@@ -24,6 +28,57 @@ TransportError = next(base for base in HfHubHTTPError.__bases__ if base is not O
 
 class HubError(RuntimeError):
     """ The Hub could not be reached, or refused, or sent what cannot be used."""
+
+
+class OutOfTime(TransportError):
+    """ No answer came in time."""
+
+
+def within(seconds: float, call: Callable[[], Any]) -> Any:
+    """ What a call returns or raises, or `OutOfTime`; a client's own limit is for each address that a host has."""
+    outcome: queue.SimpleQueue = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            outcome.put((call(), None))
+        except BaseException as e:
+            outcome.put((None, e))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        result, error = outcome.get(timeout=seconds)
+    except queue.Empty:
+        raise OutOfTime(f'no answer in {seconds:g} seconds') from None
+    if error is not None:
+        raise error
+    return result
+
+
+def _can_be_sent(token: str) -> bool:
+    return bool(token) and token.isascii() and token.isprintable() and ' ' not in token
+
+
+def checked_token(token: Optional[Union[str, bool]] = None) -> Optional[Union[str, bool]]:
+    """ A token, or huggingface_hub's None (the one that is logged in, if any), True (that one) or False (none).
+
+    Raises:
+        ValueError: If it cannot be sent; the error of the connection would show it.
+        HubError: If the one that is logged in cannot be sent.
+    """
+    if isinstance(token, str):
+        token = token.strip()
+        if not _can_be_sent(token):
+            raise ValueError('token must be one word of ASCII letters and digits (it is not shown here).')
+    elif token is not False:
+        try:
+            stored = get_token()
+        except UnicodeDecodeError:
+            stored = ''
+        if stored is not None and not _can_be_sent(stored):
+            raise HubError(
+                'The token that is logged in (HF_TOKEN, or the file that `hf auth login` writes) is not one word of '
+                'ASCII letters and digits (it is not shown here).')
+    return token
 
 
 def _reason(error: BaseException, revision: Optional[str]) -> str:
@@ -50,9 +105,14 @@ def _reason(error: BaseException, revision: Optional[str]) -> str:
             412: 'another commit came first (parent_commit is not the last one): look at it and push again',
         }
         message = f' ({" ".join(error.server_message.split())})' if error.server_message else ''
-        return known.get(status, f'the Hub answered {status}{message}' + ('; try again later' if status >= 429 else ''))
+        if status in known:
+            return f'{known[status]}{message}'
+        return f'the Hub answered {status}{message}' + ('; try again later' if status >= 429 else '')
+    endpoint = re.sub('//[^/]*@', '//', constants.ENDPOINT)  # without a user's name and password
     if isinstance(error, TransportError):
-        return f'{constants.ENDPOINT} cannot be reached ({type(error).__name__}): check the network'
+        return f'{endpoint} cannot be reached ({type(error).__name__}): check the network'
+    if isinstance(error, json.JSONDecodeError):
+        return f'{endpoint} answers, but not as the Hub does: check HF_ENDPOINT, and whether the network asks to log in'
     message = str(error).splitlines()[0].rstrip('.') if str(error) else type(error).__name__
     if isinstance(error.__cause__, TransportError):
         return f'{message}: {_reason(error.__cause__, revision)}'
@@ -67,5 +127,5 @@ def explained(repo_id: str, revision: Optional[str] = None) -> Iterator[None]:
     except HubError:
         raise
     except (EntryNotFoundError, HFValidationError, OSError, RuntimeError, SafetensorError, TransportError,
-            XetDownloadError) as e:
+            XetDownloadError, json.JSONDecodeError) as e:
         raise HubError(f'{repo_id}: {_reason(e, revision)}.') from e

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from timm.models import PretrainedCfg, resolve_pretrained_cfg
 from timm.models._hub import download_cached_file, download_from_hf, hf_split
 
-from .hub_errors import explained
+from .hub_errors import checked_token, explained
 
 _PACKAGE_DIR = Path(__file__).resolve().parent
 WEIGHTS_DIR = next(
@@ -138,20 +138,21 @@ def check_download(path: Union[str, Path]) -> None:
     """ Check a large file in huggingface_hub's cache, which is named by its sha256 there but not compared with it.
 
     Raises:
-        OSError: If it is damaged; it is then taken out of the cache.
+        OSError: If it is damaged; it is then taken out of the cache, and of the store that caches may share.
     """
     path = Path(path)
     if not path.is_symlink():
         return
     blob = path.parent / os.readlink(path)  # itself perhaps a link, to a store with names of another kind
     if re.fullmatch('[0-9a-f]{64}', blob.name) and hashlib.sha256(path.read_bytes()).hexdigest() != blob.name:
-        path.unlink()
-        blob.unlink()
+        for file in (path.resolve(), blob, path):
+            file.unlink(missing_ok=True)
         raise OSError(f'{path.name} was damaged on the way, try again')
 
 
 def _download(name: str, cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]]) -> str:
     if cfg.hf_hub_id:
+        checked_token()
         with explained(cfg.hf_hub_id, hf_split(cfg.hf_hub_id)[1]):
             path = download_from_hf(cfg.hf_hub_id, HUB_FILENAME, cache_dir=cache_dir)
             check_download(path)
@@ -198,17 +199,19 @@ def checked_overlay(
     overlay = dict(pretrained_cfg_overlay or {})
     if any(overlay.get(source) for source in _SOURCES):
         # the caller says where from: no other place that the cfg knows may come before it
-        overlay = {**dict.fromkeys(_SOURCES), **overlay}
+        overlay = {**dict.fromkeys(_SOURCES), 'source': '', **overlay}
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
-    if cfg.source == 'local-dir' or cfg.state_dict:
-        return overlay
     if cfg.source == 'hf-hub':
         # timm would look for a pickle where the Hub does not give the safetensors
+        checked_token()
         with explained(cfg.hf_hub_id, hf_split(cfg.hf_hub_id)[1]):
             path = download_from_hf(cfg.hf_hub_id, cfg.hf_hub_filename or HUB_FILENAME, cache_dir=cache_dir)
             check_download(path)
             with safe_open(path, framework='pt'):
-                return {**overlay, 'source': '', 'file': path}
+                # whatever else a config.json from there says of places
+                return {**overlay, **dict.fromkeys(_SOURCES), 'source': '', 'file': path}
+    if cfg.source == 'local-dir' or cfg.state_dict:
+        return overlay
 
     name = f'{cfg.architecture}.{cfg.tag}' if cfg.tag else cfg.architecture
     known = name in entries()

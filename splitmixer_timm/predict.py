@@ -51,10 +51,12 @@ def read_stdin(stream: BinaryIO) -> List[ImageSource]:
     except Exception:  # an image, if one that Pillow will not decode
         return [data]
     try:
-        lines = [line for line in data.decode('utf-8').splitlines() if line.strip()]
+        lines = [line for line in os.fsdecode(data).splitlines() if line.strip()]
     except UnicodeDecodeError:
         lines = []
-    if not lines or any('\0' in line for line in lines):
+    # names may be any bytes, but what is no text and names no file is something else
+    is_text = data.decode('utf-8', 'ignore').encode() == data
+    if not lines or any('\0' in line for line in lines) or not (is_text or any(map(os.path.lexists, lines))):
         raise ValueError('standard input must hold one image or the paths of images, one a line')
     return list(find_images(lines))
 

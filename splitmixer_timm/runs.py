@@ -62,7 +62,16 @@ def checkpoint_epoch(checkpoint: Path) -> Optional[int]:
 
 def public_args(run_args: Dict[str, Any]) -> Dict[str, Any]:
     """ Arguments of a run with placeholders for places on the machine it ran on."""
-    return {key: PATH_ARGS[key] if key in PATH_ARGS and value else value for key, value in run_args.items()}
+    public = {key: PATH_ARGS[key] if key in PATH_ARGS and value else value for key, value in run_args.items()}
+    if is_local_dataset(public.get('dataset')):
+        public['dataset'] = 'hfds/<DATA_DIR>'
+    return public
+
+
+def is_local_dataset(dataset: Any) -> bool:
+    """ Whether train.py's `--dataset` names a folder of this machine by way of Hugging Face datasets."""
+    scheme, _, place = str(dataset or '').partition('/')
+    return scheme == 'hfds' and (place.startswith(('/', '.', '~')) or Path(place).is_absolute())
 
 
 def read_summary(run_dir: Path) -> List[Dict[str, str]]:
@@ -72,7 +81,7 @@ def read_summary(run_dir: Path) -> List[Dict[str, str]]:
     """
     path = run_dir / 'summary.csv'
     rows = csv.DictReader(path.read_text().splitlines()) if path.is_file() else []
-    return list({row['epoch']: row for row in rows if row['epoch'] != 'epoch'}.values())
+    return list({row['epoch']: row for row in rows if (row.get('epoch') or '').isdecimal()}.values())
 
 
 def finished_epochs(rows: List[Dict[str, str]]) -> int:

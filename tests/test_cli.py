@@ -1,6 +1,7 @@
 """ The command line, run as people run it. """
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -142,6 +143,23 @@ class TestPredict:
         status, out, _ = run('predict', '-', stdin=EXAMPLE.read_bytes())
         assert (status, out.splitlines()[0]) == (0, '<stdin>')
         assert 'airplane' in out.splitlines()[1]
+
+    def test_name_that_is_not_text(self, run, folder, monkeypatch):
+        """ Any bytes are a name on Linux; the others are answered all the same."""
+        path = os.fsencode(folder) + b'/\xff.png'
+        try:
+            shutil.copy(EXAMPLE, path)
+        except OSError:
+            pytest.skip('the file system takes no such name')
+        monkeypatch.setattr('sys.stdout', io.TextIOWrapper(io.BytesIO(), 'utf-8', 'strict', write_through=True))
+        for args, stdin in (([folder], None), (['-'], path + b'\n' + os.fsencode(EXAMPLE))):
+            sys.stdout.seek(0)
+            sys.stdout.truncate()
+            status, _, err = run('predict', *args, '--topk', 1, stdin=stdin)
+            assert (status, err) == (0, '')
+            out = sys.stdout.buffer.getvalue().decode()
+            assert '\\udcff.png\n' in out
+            assert out.count('%') == (4 if stdin is None else 2)
 
     def test_stdin_paths(self, run, folder):
         status, out, _ = run('predict', '-', '--topk', 1, stdin=f'{folder / "a.png"}\n\n{folder / "below"}\n'.encode())

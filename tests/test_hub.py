@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
+from pathlib import Path
 
 import pytest
 import timm
@@ -105,6 +107,22 @@ class TestRoundTrip:
             assert_same(model, timm.create_model(f'hf-hub:{REPO}', pretrained=True))
             assert any('xet-read-token' in request.path for request in server.requests)
 
+    def test_damaged_store(self, monkeypatch, tmp_path):
+        """ The file that caches of repositories share goes as well, or the next download would have it again."""
+        with start('xet', monkeypatch, tmp_path):
+            model = create()
+            push_to_hub(model, REPO, token=TOKEN)
+            pull_from_hub(REPO)
+            file, = ((tmp_path / 'client').rglob('model.safetensors'))
+            file = file.resolve()
+            content = bytearray(file.read_bytes())
+            content[-1] ^= 1
+            file.chmod(0o644)
+            file.write_bytes(content)
+            with pytest.raises(HubError, match='damaged on the way, try again'):
+                pull_from_hub(REPO)
+            assert_same(model, pull_from_hub(REPO))
+
     @pytest.mark.parametrize('kwargs', [
         dict(act_layer=nn.ReLU),
         dict(act_layer='silu', norm_layer=timm.layers.LayerNorm2d),
@@ -185,6 +203,30 @@ class TestContents:
         top1 = f'{manifest.entries()[ZOO]["metrics"]["top1"]:.2f}'
         assert f'top-1 accuracy, %: {top1}' in files(server)['README.md'].decode()
         assert files(server).keys() >= {'args.yaml', 'summary.csv'}
+
+    @pytest.mark.parametrize('kwargs', [
+        dict(act_layer='relu'), dict(channel_residual=True), dict(global_pool='max')], ids=str)
+    def test_what_computes_otherwise_is_not_the_zoos(self, kwargs):
+        """ Arguments that have no weights change what a model gives, and its accuracy."""
+        release = hub._describe(timm.create_model(ZOO, pretrained=True, **kwargs))
+        assert (release.name, release.metrics) == (None, {})
+
+    def test_what_computes_the_same_is_the_zoos(self, tmp_path):
+        model = timm.create_model(ZOO, pretrained=True, act_layer=nn.GELU, drop_rate=0.1, drop_path_rate=0.1)
+        assert hub._describe(model).name == ZOO
+        for name, content in hub.Release(model).files(REPO).items():
+            (tmp_path / name).write_bytes(content)
+        assert hub.folder_release(tmp_path).name == ZOO
+
+    def test_zoo_with_other_preprocessing_was_not_measured(self):
+        model = timm.create_model(ZOO, pretrained=True)
+        measured = hub._describe(model)
+        assert measured.metrics['top1'] == manifest.entries()[ZOO]['metrics']['top1']
+        same = timm.data.resolve_model_data_config(model)
+        assert hub._describe(model, data_config={**same, 'mean': list(same['mean'])}).metrics == measured.metrics
+        other = dict(mean=(0., 0., 0.))
+        assert hub._describe(model, data_config=other).metrics == {}
+        assert hub._describe(model, data_config=other, metrics=dict(top1=80.)).metrics == dict(top1=80.)
 
     def test_preprocessing(self, server):
         push_to_hub(create(), REPO, token=TOKEN, data_config=dict(mean=(0.5, 0.5, 0.5), input_size=(3, 64, 64)))
@@ -307,9 +349,28 @@ class TestRevisions:
             push_to_hub(create(), REPO, token=TOKEN, revision='v2')
         assert server.repos[REPO].branches.keys() == {'main'}
 
-    def test_private(self, server):
-        push_to_hub(create(), REPO, token=TOKEN, private=True)
-        assert server.repos[REPO].private
+    def test_a_branch_that_somebody_committed_to_stays(self, server, monkeypatch):
+        push_to_hub(create(), REPO, token=TOKEN)
+        merge = hub.merge_cards
+
+        def merge_late(*args):
+            server.repos[REPO].commit({'theirs.txt': b'work'}, 'Theirs', branch='v2')
+            return merge(*args)
+
+        monkeypatch.setattr(hub, 'merge_cards', merge_late)
+        with pytest.raises(HubError, match='another commit came first'):
+            push_to_hub(create(), REPO, token=TOKEN, revision='v2')
+        assert 'theirs.txt' in files(server, revision='v2')
+
+    @pytest.mark.parametrize('private', [None, False, True])
+    def test_private(self, server, monkeypatch, private):
+        """ None leaves it to the Hub, where organisations have a choice of their own."""
+        asked, create_repo = [], hub.HfApi.create_repo
+        monkeypatch.setattr(
+            hub.HfApi, 'create_repo', lambda *args, **kwargs: asked.append(kwargs) or create_repo(*args, **kwargs))
+        push_to_hub(create(), REPO, token=TOKEN, private=private)
+        assert server.repos[REPO].private == bool(private)
+        assert [kwargs['private'] for kwargs in asked] == [private]
 
     def test_revision_twice(self):
         with pytest.raises(ValueError, match='revision must be given once'):
@@ -332,14 +393,15 @@ class TestErrors:
         with caplog.at_level(logging.DEBUG):
             yield
         out, err = capfd.readouterr()
-        assert 'secret' not in caplog.text + out + err
+        logged = [record.getMessage() for record in caplog.get_records('call')]  # caplog.text is of this part alone
+        assert 'secret' not in '\n'.join([*logged, out, err])
 
     def test_missing_repo(self, server):
         with pytest.raises(HubError) as error:
             pull_from_hub(REPO)
         assert 'no such repository' in told(error)
 
-    @pytest.mark.parametrize('token', [None, 'hf_bob_secret', 'hf_wrong_secret'])
+    @pytest.mark.parametrize('token', [None, 'hf_bob_secret', 'hf_wrong_secret'], ids=['none', 'bob', 'wrong'])
     def test_private(self, server, token):
         push_to_hub(create(), REPO, token=TOKEN, private=True)
         assert isinstance(pull_from_hub(REPO, token=TOKEN), splitmixer_timm.SplitMixer)
@@ -360,7 +422,8 @@ class TestErrors:
         assert 'no such revision: nowhere' in told(error)
 
     @pytest.mark.parametrize(('token', 'reason'), [
-        ('hf_reader_secret', 'no permission'), ('hf_bob_secret', 'no permission'), ('hf_wrong_secret', 'token')])
+        ('hf_reader_secret', 'no permission'), ('hf_bob_secret', 'no permission'), ('hf_wrong_secret', 'token'),
+    ], ids=['reader', 'bob', 'wrong'])
     def test_push_without_permission(self, server, token, reason):
         push_to_hub(create(), REPO, token=TOKEN)
         before = files(server)
@@ -379,6 +442,64 @@ class TestErrors:
         with pytest.raises(ValueError, match='token must be one word') as error:
             pull_from_hub(REPO, token='hf_secret\nhf_secret')
         assert 'secret' not in str(error.value)
+
+    @pytest.mark.parametrize('stored', [
+        'hf_\x0bsecret', '\ufeffhf_secret'.encode(), 'hf_secret\n'.encode('utf-16'),
+    ], ids=['environment', 'bom', 'utf16'])
+    def test_logged_in_with_what_cannot_be_sent(self, server, monkeypatch, tmp_path, stored):
+        """ It would be shown by the error of the connection, and the network be blamed."""
+        push_to_hub(create(), REPO, token=TOKEN)
+        if isinstance(stored, str):
+            monkeypatch.setenv('HF_TOKEN', stored)
+        else:
+            path = Path(constants.HF_TOKEN_PATH)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(stored)
+        for use_it in (pull_from_hub, lambda repo: push_to_hub(create(), repo)):
+            with pytest.raises(HubError, match='The token that is logged in') as error:
+                use_it(REPO)
+            assert 'secret' not in ''.join(traceback.format_exception(error.value))
+        assert isinstance(pull_from_hub(REPO, token=TOKEN), splitmixer_timm.SplitMixer)
+        assert isinstance(pull_from_hub(REPO, token=False), splitmixer_timm.SplitMixer)
+
+    def test_endpoint_with_a_password(self, server, monkeypatch):
+        server.__exit__(None, None, None)
+        monkeypatch.setattr(constants, 'ENDPOINT', constants.ENDPOINT.replace('//', '//user:secret@'))
+        with pytest.raises(HubError) as error:
+            pull_from_hub(REPO)
+        assert '//127.0.0.1' in told(error)
+
+    def test_reason_of_a_refusal(self, server, monkeypatch):
+        """ What the Hub says itself is passed on."""
+        push_to_hub(create(), REPO, token=TOKEN)
+        server.fail('/commit/', 403, times=None)
+        with pytest.raises(HubError, match='no permission for this') as error:
+            push_to_hub(create(), REPO, token=TOKEN)
+        assert re.search(r'no permission for this \(.+\)', told(error))
+
+    def test_something_else_answers(self, server, monkeypatch):
+        """ A page to log in to the network, which answers 200 to everything: what is cached can be had."""
+        push_to_hub(create(), REPO, token=TOKEN)
+        model = pull_from_hub(REPO)
+        monkeypatch.setattr(hub.HfApi, 'model_info', lambda *args, **kwargs: json.loads('<html>'))
+        monkeypatch.setattr(hub.HfApi, 'create_repo', lambda *args, **kwargs: json.loads('<html>'))
+        assert_same(model, pull_from_hub(REPO))
+        for use_it in (lambda: pull_from_hub(REPO, revision='v2'), lambda: push_to_hub(model, REPO, token=TOKEN)):
+            with pytest.raises(HubError) as error:
+                use_it()
+            assert 'answers, but not as the Hub does' in told(error)
+
+    def test_no_answer(self, server, monkeypatch):
+        """ The time limit is for all addresses of the host together, where the client's is for each."""
+        push_to_hub(create(), REPO, token=TOKEN)
+        model = pull_from_hub(REPO)
+        monkeypatch.setattr(hub, '_REACH_SECONDS', 0.2)
+        monkeypatch.setattr(hub.HfApi, 'model_info', lambda *args, **kwargs: time.sleep(5))
+        began = time.monotonic()
+        assert_same(model, pull_from_hub(REPO))
+        with pytest.raises(HubError, match=r'cannot be reached \(OutOfTime\)'):
+            pull_from_hub(REPO, revision='v2')
+        assert time.monotonic() - began < 4
 
     def test_stale_parent_commit(self, server):
         push_to_hub(create(), REPO, token=TOKEN)
@@ -508,6 +629,39 @@ class TestUnusable:
                 load_it(REPO)
             assert 'model.safetensors' in told(error)
         assert not [request for request in server.requests if 'pytorch' in request.path]
+
+    def test_config_that_names_another_place(self, repo, server):
+        """ Only what the repository has as safetensors is loaded, whatever its config says."""
+        config = json.loads(repo()['config.json'])
+        config['pretrained_cfg'].update(state_dict={'a': 1}, file='nowhere.pth', url='http://127.0.0.1:9/x')
+        changes = dict(config_json=json.dumps(config).encode(), pytorch_model_bin=b'x')
+        contents = repo(**changes)
+        model = timm.create_model(f'hf-hub:{REPO}', pretrained=True)
+        assert torch.equal(model.head.bias, load(contents['model.safetensors'])['head.bias'])
+        repo(model_safetensors=None, **changes)
+        with pytest.raises(HubError, match='model.safetensors'):
+            timm.create_model(f'hf-hub:{REPO}', pretrained=True)
+        assert not [request for request in server.requests if 'pytorch' in request.path]
+
+    @pytest.mark.parametrize('place', ['file', 'state_dict'])
+    def test_callers_own_place(self, repo, tmp_path, place):
+        """ As train.py's `--pretrained-path` gives it."""
+        repo()
+        weights = create().state_dict()
+        torch.save(weights, tmp_path / 'mine.pth')
+        model = timm.create_model(f'hf-hub:{REPO}', pretrained=True, pretrained_cfg_overlay={
+            place: dict(file=str(tmp_path / 'mine.pth'), state_dict=weights)[place]})
+        assert torch.equal(model.head.bias, weights['head.bias'])
+
+    @pytest.mark.parametrize('change', [
+        dict(pretrained_cfg=None), dict(model_args=None), dict(model_args=[]),
+        dict(model_args=dict(SMALL, features_only=True)), dict(pretrained_cfg=dict(input_size=[32, 32]))], ids=str)
+    def test_config_of_another_shape(self, repo, change):
+        config = json.loads(repo()['config.json'])
+        repo(config_json=json.dumps({**config, **change}).encode())
+        with pytest.raises(HubError) as error:
+            pull_from_hub(REPO)
+        assert 'config.json does not fit model.safetensors' in told(error)
 
     def test_other_architecture(self, repo):
         contents = repo()
@@ -752,6 +906,45 @@ class TestCommandLine:
         assert cli.main(['push', str(folder), REPO, '--label-names', str(tmp_path / 'labels.txt')]) == 0
         assert json.loads(files(server)['config.json'])['label_names'] == list('klmnopqrst')
 
+    @pytest.mark.parametrize('there', ['nothing', 'other classes', 'no class map'])
+    def test_class_folders_that_are_the_runs_no_more(self, server, run_dir, tmp_path, caplog, monkeypatch, there):
+        """ A relative place may be anything by now: no name is better than a wrong one."""
+        folder, _ = run_dir
+        args = yaml.safe_load((folder / 'args.yaml').read_text())
+        if there == 'no class map':
+            args['class_map'] = str(tmp_path / 'gone.txt')
+        else:
+            args['data_dir'] = 'data'
+            monkeypatch.chdir(tmp_path)
+            (tmp_path / 'data').mkdir()
+            for label in 'abc' if there == 'other classes' else '':
+                (tmp_path / 'data' / label).mkdir()
+                (tmp_path / 'data' / label / '0.png').touch()
+        (folder / 'args.yaml').write_text(yaml.safe_dump(args))
+        assert cli.main(['push', str(folder), REPO]) == 0
+        assert 'published without class names' in caplog.text
+        assert 'label_names' not in json.loads(files(server)['config.json'])
+
+    def test_local_dataset_is_not_told(self, server, run_dir):
+        folder, _ = run_dir
+        args = yaml.safe_load((folder / 'args.yaml').read_text())
+        (folder / 'args.yaml').write_text(yaml.safe_dump({**args, 'dataset': 'hfds//home/alice/secret'}))
+        assert cli.main(['push', str(folder), REPO]) == 0
+        assert not [name for name, content in files(server).items() if b'/home' in content]
+
+    def test_ema_that_was_not_measured(self, run_dir):
+        """ Of an EMA on the CPU train.py keeps the weights and measures the others."""
+        folder, model = run_dir
+        args = yaml.safe_load((folder / 'args.yaml').read_text())
+        for force_cpu in (False, True):
+            args.update(model_ema=True, model_ema_force_cpu=force_cpu)
+            (folder / 'args.yaml').write_text(yaml.safe_dump(args))
+            assert bool(hub.run_release(folder).metrics) != force_cpu
+
+    def test_damaged_summary(self, run_dir):
+        (run_dir[0] / 'summary.csv').write_text('# notes\n1,2\n')
+        assert hub.run_release(run_dir[0]).metrics == {}
+
     def test_run_of_one_channel(self, server, run_dir):
         folder, _ = run_dir
         args = yaml.safe_load((folder / 'args.yaml').read_text())
@@ -871,6 +1064,35 @@ class TestCard:
         assert merged.count('---\n') == 2
         assert card.merge_cards('---\n---\n# Mine\n', merged).endswith('\n# Mine\n')
 
+    @pytest.mark.parametrize('lines', [
+        'language: no\n', 'date: 2024-13-45\n', 'foo: 0123\ntime: 12:30:45\nversion: 1.10\nx: yes\n',
+        'inference: false\nwidget:\n- src: a.png\n  text: |\n    a\n\n    b\n'])
+    def test_metadata_of_others_is_kept_letter_by_letter(self, lines):
+        new = hub.Release(create()).card('a', 'b')
+        merged = card.merge_cards(f'---\nlicense: mit\n{lines}---\n', new)
+        assert f'\n{lines}---\n' in merged
+        assert card.merge_cards(merged, new) == merged
+
+    @pytest.mark.parametrize('metadata', [
+        '{a: 1, b: [x, y]}', '  a: 1\n  b: [x, y]', 'license: &x mit\na: 1\nb: [x, y]\nc: *x'])
+    def test_metadata_that_shares_lines(self, metadata):
+        new = hub.Release(create()).card('a', 'b')
+        merged = card.merge_cards(f'---\n{metadata}\n---\n', new)
+        read = yaml.safe_load(merged.split('---')[1])
+        assert (read['a'], read['b']) == (1, ['x', 'y'])
+        assert card.merge_cards(merged, new) == merged
+
+    @pytest.mark.parametrize(('tags', 'expected'), [
+        ('mine', ['mine']), ('[mine, timm]', ['mine']), ('[{a: b}]', [{'a': 'b'}])])
+    def test_tags_of_others(self, tags, expected):
+        merged = card.merge_cards(f'---\ntags: {tags}\n---\n', hub.Release(create()).card('a', 'b'))
+        assert yaml.safe_load(merged.split('---')[1])['tags'] == ['timm', 'splitmixer', *expected]
+
+    def test_heading_by_hand(self):
+        """ As timm's is, but in a card that is not timm's."""
+        merged = card.merge_cards('# Model card for my cat\n', hub.Release(create()).card('a', 'b'))
+        assert merged.endswith('\n# Model card for my cat\n')
+
     def test_sections_in_the_generated_part(self):
         """ What somebody wrote between its marks goes below them."""
         one = hub.Release(create(), dataset='cifar10').card('a', 'b')
@@ -898,7 +1120,7 @@ class TestCard:
         assert cli.main(['card', str(run_dir[0])]) == 0
         assert "timm.create_model('hf-hub:USER/run', pretrained=True)" in capsys.readouterr().out
 
-    @pytest.mark.parametrize('metadata', ['a: [', '- a', 'text'])
+    @pytest.mark.parametrize('metadata', ['a: [', '- a', 'text', '{a: 2024-13-45}'])
     def test_broken_metadata(self, metadata):
         with pytest.raises(ValueError, match='README.md has metadata that cannot be read'):
             card.merge_cards(f'---\n{metadata}\n---\n# By hand\n', hub.Release(create()).card('a', 'b'))
