@@ -143,15 +143,25 @@ def flat(kind, h, b, k=5, p=2, classes=10, alpha=2 / 3, s=2):
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(h, classes))
 
 
+PLAIN_ARGS = {
+    'dim', 'depth', 'kernel_size', 'patch_size', 'channel_mixing', 'overlap_ratio', 'num_segments',
+    'channel_kernel_size', 'channel_stride', 'act_layer'}
+
+
 @torch.no_grad()
 def plain_model(model):
     """ The plain form, with its weights, mode, device and dtype, of a model that `timm.create_model` built.
 
     timm's ConvMixer is one already and is copied.
+
+    Raises:
+        ValueError: If the model has arguments that the paper's code does not have.
     """
     if not isinstance(model, SplitMixer):
         return copy.deepcopy(model)
     args = model.model_args
+    if unknown := args.keys() - PLAIN_ARGS:
+        raise ValueError(f'model must have arguments of {", ".join(sorted(PLAIN_ARGS))} only, got {sorted(unknown)}.')
     common = dict(
         k=args['kernel_size'], p=args['patch_size'], classes=model.num_classes)
     if args['channel_mixing'] == '3d':

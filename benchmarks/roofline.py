@@ -48,6 +48,9 @@ FORMULAS = {
 if hasattr(torch.ops.mkldnn, '_linear_pointwise'):
     FORMULAS[torch.ops.mkldnn._linear_pointwise] = FORMULAS[torch.ops.mkldnn._convolution_pointwise] = \
         lambda x, weight, *args, out_val, **kwargs: 2 * out_val.numel() * weight.shape[1:].numel()
+# what gets memory, or looks at it otherwise, and moves nothing
+ALLOCATIONS = {
+    getattr(torch.ops.aten, name) for name in ('empty', 'empty_like', 'empty_strided', 'new_empty', 'as_strided_')}
 FORMS = {'plain': plain_model, 'created': lambda model: model, 'optimized': optimize_for_inference}
 FORWARD, FUSED = 'forward', 'forward, fused'
 
@@ -137,6 +140,10 @@ class Recorder(TorchDispatchMode):
         storages = {t.untyped_storage().data_ptr() for t in inputs if not t.is_mkldnn}  # which cannot tell
         is_view = not func._schema.is_mutable and all(t.untyped_storage().data_ptr() in storages for t in outputs)
         moved = 0 if is_view else sum(t.nbytes for t in (*inputs, *outputs))
+        if func.overloadpacket is torch.ops.aten.copy_:
+            moved -= args[0].nbytes  # written, not read
+        elif func.overloadpacket in ALLOCATIONS:
+            moved = 0
         if moved:
             count = FORMULAS.get(func.overloadpacket)
             operations = count(*args, **kwargs, out_val=out) if count else 0

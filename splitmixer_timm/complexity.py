@@ -49,7 +49,8 @@ def measure_complexity(model: nn.Module, input_size: Tuple[int, int, int]) -> Co
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.register_forward_hook(count_norm)
-    if isinstance(getattr(model, 'global_pool', None), nn.Module):
+    pool = getattr(model, 'global_pool', None)
+    if isinstance(pool, nn.Module) and getattr(pool, 'pool_type', 'avg'):  # '' for none
         model.global_pool.register_forward_hook(count_pool)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:

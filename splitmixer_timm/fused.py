@@ -164,6 +164,10 @@ def check_supported(model: SplitMixer) -> None:
         _check_children(name, block, ['spatial_mixing', 'channel_mixing', 'drop_path'])
         _check_type(f'{name}.drop_path', block.drop_path, [nn.Identity, DropPath])
         spatial, channel = block.spatial_mixing, block.channel_mixing
+        # a block adds its input to that of a mixing that was taken out, where a model made without one does not
+        for mixing, residual in ((spatial, block.spatial_residual), (channel, block.channel_residual)):
+            if residual and type(mixing) is nn.Identity:
+                raise Unsupported(f'a residual around nothing at {name}')
         if type(spatial) is not nn.Identity:
             _check_type(f'{name}.spatial_mixing', spatial, [nn.Sequential])
             _check_children(f'{name}.spatial_mixing', spatial, first, [*first, *second])
@@ -171,6 +175,14 @@ def check_supported(model: SplitMixer) -> None:
                 conv, act, norm = (getattr(spatial, f'{part}{n}') for part in ('conv', 'act', 'norm'))
                 _check_conv(f'{name}.spatial_mixing', conv, is_depthwise=True, stride=(1, 1), padding='same')
                 _check_act_norm(f'{name}.spatial_mixing', act, norm)
+            if hasattr(spatial, 'conv2'):
+                sizes, acts = (
+                    [getattr(spatial, f'{part}{n}') for n in (1, 2)] for part in ('conv', 'act'))
+                size = sizes[0].kernel_size[1]
+                if [conv.kernel_size for conv in sizes] != [(1, size), (size, 1)]:
+                    raise Unsupported(f'kernels other than 1 x k and k x 1 at {name}.spatial_mixing')
+                if activation(acts[0]) != activation(acts[1]):
+                    raise Unsupported(f'two activations at {name}.spatial_mixing')
         if type(channel) is not nn.Identity:
             _check_type(f'{name}.channel_mixing', channel, [nn.Sequential])
             _check_children(f'{name}.channel_mixing', channel, ['mixer', 'act', 'norm'])

@@ -344,15 +344,18 @@ class FusedSplitMixer(FusedModel):
         return [embed, *(block.prepare(onednn) for block in self.blocks)]
 
     def _functions(self) -> List[Function]:
-        """ What runs, made anew where a tensor was changed or replaced."""
+        """ What runs, made anew where a tensor was changed, or a tensor or a module replaced."""
         prepared = self._prepared  # as other threads may replace it
         if prepared is None or any(
-                buffers.get(name) is not tensor or version is not None and tensor._version != version
-                for buffers, name, tensor, version in prepared[1]):
-            state = [
-                (module._buffers, name, tensor, None if tensor.is_inference() else tensor._version)
-                for part in (self.stem, self.affine, self.blocks) for module in part.modules()
-                for name, tensor in module._buffers.items() if tensor is not None]
+                members.get(name) is not member or version is not None and member._version != version
+                for members, name, member, version in prepared[1]):
+            parts = {name: self._modules[name] for name in ('stem', 'affine', 'blocks')}
+            state = [(self._modules, name, part, None) for name, part in parts.items()]
+            for module in (module for part in parts.values() for module in part.modules()):
+                state += [(module._modules, name, child, None) for name, child in module._modules.items()]
+                state += [
+                    (module._buffers, name, tensor, None if tensor.is_inference() else tensor._version)
+                    for name, tensor in module._buffers.items() if tensor is not None]
             self._prepared = prepared = self._prepare(_has_onednn(self.dtype)), state
         return prepared[0]
 
@@ -401,6 +404,7 @@ class FusedSplitMixer(FusedModel):
         return logits[0] if len(logits) == 1 else torch.cat(logits)
 
 
+@torch.inference_mode(False)  # tensors of inference mode do not tell that they were changed
 def build(model: SplitMixer, dtype: torch.dtype) -> FusedSplitMixer:
     """ Fused form of a model in eval mode on a CPU; the model stays as it is.
 

@@ -1,7 +1,7 @@
 """ A model made ready for deployment. """
 import copy
 import warnings
-from typing import Optional
+from typing import Optional, Tuple
 
 import torch
 from torch import nn
@@ -24,6 +24,11 @@ def _build(model: SplitMixer, dtype: torch.dtype) -> nn.Module:
     raise Unsupported(f'a model on {device}')
 
 
+def _cast_images(model: SplitMixer, args: Tuple[torch.Tensor]) -> torch.Tensor:
+    """ Images in the data type of the weights, as the faster forms take them."""
+    return args[0].to(model.stem[0].weight.dtype)
+
+
 def optimize_for_inference(model: SplitMixer, *, dtype: Optional[torch.dtype] = None) -> nn.Module:
     """ Faster form of a model in eval mode, with the same outputs.
 
@@ -38,11 +43,12 @@ def optimize_for_inference(model: SplitMixer, *, dtype: Optional[torch.dtype] = 
     The new module takes images as the model does and has its `forward`, `forward_features`, `forward_head`,
     `num_classes`, `num_features`, `pretrained_cfg` and `default_cfg`. It has no gradients and no train mode, and keeps
     its device and data type. On a CPU the modules of stem and blocks hold weights and are not called, nor are hooks on
-    them; on CUDA no hook is once a graph is replayed.
+    them; on CUDA no hook is once a graph is replayed. Weights that are loaded into it count from the next call, but not
+    what is written past autograd's sight, by `tensor.data`. `torch.func.vmap` does not take it.
 
     Where there is no such form (a norm other than BatchNorm2d, an activation other than exact GELU and ReLU, a data
     type or device without kernels, a part that was replaced or hooked on to, a subclass) a warning says why and a plain
-    copy of the model in eval mode is returned.
+    copy of the model in eval mode is returned, whose `forward` casts images to `dtype` as well.
 
     Args:
         model: The model, in eval mode; it stays as it is, and changes to it later do not reach the new one.
@@ -67,4 +73,7 @@ def optimize_for_inference(model: SplitMixer, *, dtype: Optional[torch.dtype] = 
         return _build(model, dtype)
     except Unsupported as e:
         warnings.warn(f'optimize_for_inference has no faster form for {e}: the model is copied as it is.', stacklevel=2)
-    return copy.deepcopy(model).to(dtype).requires_grad_(False)
+    fallback = copy.deepcopy(model).requires_grad_(False)
+    if next(model.parameters()).dtype != dtype:
+        fallback.to(dtype).register_forward_pre_hook(_cast_images)
+    return fallback

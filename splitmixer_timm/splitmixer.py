@@ -137,6 +137,13 @@ def _is_transformed() -> bool:
     return not torch.compiler.is_compiling() and _transform_stack() is not None
 
 
+def _is_everything_watched() -> bool:
+    """ Whether somebody hooked on to the calls of all modules."""
+    return bool(
+        torch.nn.modules.module._global_forward_hooks or torch.nn.modules.module._global_forward_pre_hooks
+        or torch.nn.modules.module._global_backward_hooks or torch.nn.modules.module._global_backward_pre_hooks)
+
+
 def _is_watched(module: nn.Module) -> bool:
     """ Whether somebody hooked on to a module, or gave it a forward of its own."""
     return bool(
@@ -288,7 +295,10 @@ class SeparateSegmentMixing(nn.Module):
     @torch.jit.ignore
     def _are_plain(self) -> bool:
         """ Whether the convolutions do no more than their weights and biases say: no adapters, no hooks."""
-        return all(type(conv) is nn.Conv2d and not _is_watched(conv) for conv in self.convs)
+        return not _is_everything_watched() and all(
+            type(conv) is nn.Conv2d and conv.bias is not None and conv.kernel_size == conv.stride == (1, 1)
+            and conv.padding == (0, 0) and conv.groups == 1 and not _is_watched(conv)
+            for conv in self.convs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
@@ -630,8 +640,13 @@ class SplitMixer(nn.Module):
         _assert(x.dim() == 4, f'Input must have 4 dimensions (N, in_chans, H, W), got {x.dim()}.')
         channels, height, width, patch = x.shape[1], x.shape[2], x.shape[3], self.patch_size
         _assert(channels == self.in_chans, f'Input must have in_chans={self.in_chans} channels, got {channels}.')
-        _assert(height >= patch, f'Input height must be at least patch_size={patch}, got {height}.')
-        _assert(width >= patch, f'Input width must be at least patch_size={patch}, got {width}.')
+        got_height, got_width = '', ''
+        if torch.jit.is_scripting():
+            got_height, got_width = f', got {height}', f', got {width}'
+        elif not torch.compiler.is_compiling():  # what names a size is compiled for that size alone
+            got_height, got_width = f', got {height}', f', got {width}'
+        _assert(height >= patch, f'Input height must be at least patch_size={patch}{got_height}.')
+        _assert(width >= patch, f'Input width must be at least patch_size={patch}{got_width}.')
 
     def _embed(self, x: torch.Tensor) -> torch.Tensor:
         """ Images to the input of the first block."""
@@ -649,8 +664,7 @@ class SplitMixer(nn.Module):
         if (
                 torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
                 or isinstance(x, torch.fx.Proxy) or x.device.type != 'cpu' or _is_transformed()
-                or torch.nn.modules.module._global_forward_hooks
-                or torch.nn.modules.module._global_forward_pre_hooks
+                or _is_everything_watched()
         ):
             return 0
         size = max(1, PIECE_BYTES * torch.get_num_threads() * len(x) // max(1, x.nbytes))

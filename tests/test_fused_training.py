@@ -140,26 +140,27 @@ def test_half_precision():
     assert ours.mean() < 1.3 * plain.mean()
 
 
+def _stored(model, x):
+    """ Bytes that a forward pass stores for the backward pass."""
+    sizes, alive = {}, []
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        alive.append(storage)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(x)
+    return sum(sizes.values())
+
+
 @runs_kernels
 def test_stored_for_backward():
     """ Less than half of what the same layers unfused store for the backward, whatever the device."""
-    def stored(model):
-        sizes = {}
-
-        def pack(tensor):
-            storage = tensor.untyped_storage()
-            sizes[storage.data_ptr()] = storage.nbytes()
-            alive.append(storage)
-            return tensor
-
-        alive = []
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            model(x)
-        return sum(sizes.values())
-
     x = torch.randn(2, 3, 16, 16, device=DEVICE)
     model = _model(depth=3)
-    assert stored(fuse_for_training(copy.deepcopy(model))) < 0.5 * stored(model)
+    assert _stored(fuse_for_training(copy.deepcopy(model)), x) < 0.5 * _stored(model, x)
 
 
 @runs_kernels
@@ -200,6 +201,11 @@ def test_checkpointing():
     fused.set_grad_checkpointing()
     _, checkpointed = _step(fused, x)
     assert all(torch.equal(a, b) for a, b in zip(grads, checkpointed))
+    kept = {}
+    for enable in (False, True):
+        fused.set_grad_checkpointing(enable)
+        kept[enable] = _stored(fused, x)
+    assert kept[True] < kept[False] / 2
 
 
 @pytest.mark.parametrize(('create', 'reason'), [

@@ -208,6 +208,26 @@ class TestInterface:
         assert torch.equal(torch.func.functional_call(swapped, state, images), expected)
         assert torch.equal(swapped(images), other)
 
+    def test_made_in_inference_mode(self, images):
+        """ What is made and loaded there has no versions of its own, and the new weights count all the same."""
+        with torch.inference_mode():
+            fused, other = (optimize_for_inference(build()) for _ in range(2))
+            fused(images)
+            for buffer in other.buffers():
+                buffer.mul_(1.5)
+            fused.load_state_dict(other.state_dict())
+            assert torch.equal(fused(images), copy.deepcopy(fused)(images))
+            assert difference(fused, other, images) == 0
+
+    def test_replaced_modules(self, images):
+        fused, other = (optimize_for_inference(build()) for _ in range(2))
+        before = fused(images)
+        fused.blocks[0] = other.blocks[1]
+        assert torch.equal(fused(images), copy.deepcopy(fused)(images))
+        assert not torch.equal(fused(images), before)
+        fused.blocks = fused.blocks[:1]
+        assert torch.equal(fused(images), copy.deepcopy(fused)(images))
+
     @pytest.mark.skipif(not fused_cpu._has_onednn(torch.float32), reason='needs oneDNN on x86')
     @pytest.mark.parametrize(('kind', 'linears', 'convs'), [('i', 1, 2), ('iii', 0, 3), ('iv', 0, 3), ('v', 2, 2)])
     def test_prepared(self, kind, linears, convs, images):
@@ -241,6 +261,9 @@ class TestInterface:
         compiled = torch.compile(fused, backend='aot_eager', fullgraph=True)
         for size in (2, 1):
             torch.testing.assert_close(compiled(images[:size]), fused(images[:size]), rtol=1e-5, atol=1e-6)
+        for size in range(16, 40, 2):
+            images = torch.randn(2, 3, size, size)
+            torch.testing.assert_close(compiled(images), fused(images), rtol=1e-5, atol=1e-6)
 
     @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='about the memory allocator of glibc')
     def test_memory_is_kept(self):
@@ -318,6 +341,20 @@ def hooked():
     model = build()
     model.blocks[0].register_forward_hook(lambda module, args, output: output * 2)
     return model
+
+
+def without(part, **kwargs):
+    """ A mixing is taken out, its residual stays."""
+    model = build(**kwargs)
+    setattr(model.blocks[1], part, nn.Identity())
+    return model.eval()
+
+
+def other_spatial(**parts):
+    model = randomize(SplitMixer(24, 2, num_classes=10))
+    for name, part in parts.items():
+        setattr(model.blocks[1].spatial_mixing, name, part)
+    return model.eval()
 
 
 class Adapted(nn.Module):
@@ -428,6 +465,11 @@ class TestCustomised:
         lambda: randomize(OwnHead(24, 2, num_classes=10)), lambda: adapted('i'), lambda: adapted('iii'),
         lambda: adapted('iv'), gated_mixing, gated_block, gate_at_the_end, circular, patched,
         own_drop_path, no_mixer, lambda: replaced('stem'), lambda: replaced('conv'),
+        lambda: without('spatial_mixing'), lambda: without('channel_mixing', channel_residual=True),
+        lambda: other_spatial(conv2=nn.Conv2d(24, 24, 3, groups=24, padding='same')),
+        lambda: other_spatial(conv2=nn.Conv2d(24, 24, (1, 5), groups=24, padding='same')),
+        lambda: other_spatial(conv1=nn.Conv2d(24, 24, (1, 3), groups=24, padding='same')),
+        lambda: other_spatial(act2=nn.ReLU()),
     ])
     def test_falls_back(self, make, images):
         model = make()
@@ -463,7 +505,9 @@ class TestFallback:
         assert fallback is not model
         assert not fallback.training
         assert not any(p.requires_grad for p in fallback.parameters())
-        assert difference(lambda x: fallback(x.to(dtype)).float() if dtype else fallback(x), model, images) < 1e-6
+        assert difference(lambda x: fallback(x).float(), model, images) < 1e-6
+        assert fallback(images).dtype == (dtype or torch.float32)
+        assert torch.equal(copy.deepcopy(fallback)(images), fallback(images))
 
     def test_no_kernels_for_the_device(self):
         with pytest.warns(UserWarning, match='a model on meta'):

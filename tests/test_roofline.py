@@ -51,6 +51,12 @@ class TestOperations:
         operation, = record(work, x)
         assert (operation.kind, operation.bytes, operation.operations) == (kind, tensors * x.nbytes, 0)
 
+    def test_what_is_written_is_not_read(self):
+        x, y = torch.randn(2, 1000)
+        copy, = record(lambda y: y.copy_(x), y)
+        assert (copy.kind, copy.bytes) == ('copy', 2 * x.nbytes)
+        assert record(lambda x: torch.empty_like(x), x) == []
+
     def test_limit(self):
         assert roofline.Operation('x', 100, 10, 0.).limit(50., 100.) == 2.
         assert roofline.Operation('x', 100, 1000, 0.).limit(50., 100.) == 10.

@@ -84,6 +84,8 @@ def test_plain_model_with_arguments():
         model = randomize(timm.create_model('splitmixer_i_256_8', depth=2, dim=24, **kwargs))
         with torch.no_grad():
             torch.testing.assert_close(plain_model(model)(torch.ones(1, 3, 8, 8)), model(torch.ones(1, 3, 8, 8)))
+    with pytest.raises(ValueError, match='channel_residual'):
+        plain_model(timm.create_model('splitmixer_i_256_8', depth=1, channel_residual=True))
 
 
 @pytest.mark.parametrize('precision', ['fp32', 'bf16'])

@@ -8,6 +8,7 @@ import torch
 from conftest import KINDS
 from reference import randomize
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
@@ -56,6 +57,27 @@ class TestCustomisedConvolutions:
             conv.register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
         torch.testing.assert_close(model(images), expected)
         assert seen == [12, 12]
+
+    @pytest.mark.parametrize('kind', ['iii', 'iv'])
+    def test_hooks_on_all_modules(self, kind, images):
+        """ As profilers hook on: every convolution is called."""
+        model, seen = SplitMixer(24, 2, channel_mixing=kind).eval(), []
+        everywhere = torch.nn.modules.module.register_module_forward_hook(lambda module, *args: seen.append(module))
+        model(images)
+        everywhere.remove()
+        assert {m for m in model.modules() if isinstance(m, nn.Conv2d)} <= set(seen)
+
+    @pytest.mark.parametrize('other', [
+        lambda: nn.Conv2d(12, 12, 3, padding=1), lambda: nn.Conv2d(12, 12, 1, bias=False),
+        lambda: nn.Conv2d(12, 12, 1, groups=2)], ids=['3x3', 'no bias', 'groups'])
+    def test_replaced_convolutions(self, other, images):
+        """ Others that are put in place of type IV's are called as they are."""
+        model = SplitMixer(24, 2, channel_mixing='iv').eval()
+        mixer = model.blocks[1].channel_mixing.mixer
+        mixer.convs[1] = other()
+        x = torch.randn(2, 24, 5, 6)
+        expected = torch.cat([mixer.convs[0](x[:, :12]), mixer.convs[1](x[:, 12:])], dim=1)
+        torch.testing.assert_close(mixer(x), expected)
 
     def test_backward_hooks_and_own_forwards(self, images):
         model, seen = self.model(), []
@@ -417,6 +439,9 @@ class TestMemoryFormat:
             everywhere = torch.nn.modules.module.register_module_forward_hook(lambda *args: None)
             assert size() == 0
             everywhere.remove()
+            everywhere = torch.nn.modules.module.register_module_forward_pre_hook(lambda *args: None)
+            assert size() == 0
+            everywhere.remove()
             assert size() == 1
             model = SplitMixer(24, 2).eval()
             images = torch.randn(4, 3, 6, 6)
@@ -562,6 +587,28 @@ class TestBadInput:
             model(torch.randn(1, 3, 6, 9))
         with pytest.raises(AssertionError, match='width must be at least patch_size=7, got 6'):
             model.forward_intermediates(torch.randn(1, 3, 9, 6))
+
+    @pytest.mark.compile
+    @pytest.mark.parametrize('kind', ['i', 'iii', 'iv'])
+    def test_compiled_for_any_size(self, kind):
+        """ No size is compiled anew once torch knows that it varies, and it stays in the exported graph."""
+        model = SplitMixer(24, 1, channel_mixing=kind).eval()
+        torch.compiler.reset()
+        counter = CompileCounter()
+        compiled = torch.compile(model, backend=counter, fullgraph=True)
+        with torch.no_grad():
+            for size in range(16, 40, 2):
+                images = torch.randn(2, 3, size, size + 2)
+                torch.testing.assert_close(compiled(images), model(images))
+        assert counter.frame_count <= 3
+        dims = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+        exported = torch.export.export(model, (images,), dynamic_shapes=(dims,), strict=True).module()
+        images = torch.randn(3, 3, 10, 14)
+        torch.testing.assert_close(exported(images), model(images))
+
+    def test_image_smaller_than_patch_in_script(self):
+        with pytest.raises(torch.jit.Error, match='height must be at least patch_size=7, got 6'):
+            torch.jit.script(SplitMixer(12, 1, patch_size=7))(torch.randn(1, 3, 6, 9))
 
     def test_wrong_channel_count(self):
         with pytest.raises(AssertionError, match='in_chans=3 channels, got 1'):

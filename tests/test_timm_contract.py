@@ -20,6 +20,7 @@ from timm.models._features import FeatureGetterNet
 from timm.optim import create_optimizer_v2
 
 from splitmixer_timm import SplitMixer
+from splitmixer_timm.complexity import measure_activation_bytes
 
 ALL_MODELS = [*SPLITMIXERS, *BASELINES]
 ALL_DIMS = {name: int(name.split('_')[1 if name.startswith('conv') else 2]) for name in ALL_MODELS}
@@ -111,6 +112,14 @@ class TestContract:
                 torch.testing.assert_close(intermediate, y)
             some = model.forward_intermediates(x, indices=[0, 2], intermediates_only=True, stop_early=True)
             torch.testing.assert_close(some, [intermediates[0], intermediates[2]])
+            called = []
+            hook = model.blocks[3].register_forward_hook(lambda *args: called.append(True))
+            model.forward_intermediates(x, indices=[0, 2], intermediates_only=True)
+            assert called
+            called.clear()
+            model.forward_intermediates(x, indices=[0, 2], intermediates_only=True, stop_early=True)
+            assert not called
+            hook.remove()
             last = model.forward_intermediates(x, indices=2, intermediates_only=True)
             torch.testing.assert_close(last, intermediates[-2:])
             with pytest.raises(AssertionError, match='NCHW'):
@@ -129,6 +138,11 @@ class TestContract:
         for plain, checkpointed in zip(grads[:2], grads[2:]):
             assert len(plain) == len(checkpointed)
             torch.testing.assert_close(plain, checkpointed)
+        kept = []
+        for enable in (False, True):
+            model.set_grad_checkpointing(enable)
+            kept.append(measure_activation_bytes(model, tuple(x.shape[1:])))
+        assert kept[1] < kept[0] / 2
 
     def test_prune_intermediate_layers(self, name):
         model, x = small(name)
