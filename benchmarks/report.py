@@ -24,7 +24,7 @@ from speed import INFERENCE, TRAINING, SpeedResults
 
 from splitmixer_timm import benchmark_report as reports
 from splitmixer_timm import convmixer, manifest, splitmixer
-from splitmixer_timm.benchmark import Results
+from splitmixer_timm.benchmark import Results, Settings
 from splitmixer_timm.benchmark_report import markdown_table as table
 from splitmixer_timm.card import DATASETS, INTENDED_USE, LIMITS
 from splitmixer_timm.complexity import measure_complexity
@@ -74,20 +74,29 @@ def speed_table() -> str:
     """ Throughput of the paper's base models, the paper's own and each device's in the paper's setting."""
     devices = [rows for _, rows in throughput() if reports.is_papers(rows) and reports.measured(rows, 'steady')]
     header = ['model', 'parameters', "paper's V100", 'ratio']
-    columns = []
+    columns, alike = [], {}
+    for _, rows in throughput():
+        # the paper's setting but for the memory format
+        same = [{**rows[0], 'memory_format': Settings().columns()['memory_format']}]
+        if rows[0]['memory_format'] == 'channels_last' and reports.is_papers(same):
+            alike[rows[0]['device']] = reports.measured(rows, 'steady')
     for rows in devices:
-        header += [rows[0]['device'], 'ratio']
-        columns.append(reports.measured(rows, 'steady'))
+        device = rows[0]['device']
+        header += [device, 'spread', 'ratio'] + (['ratio, all in channels_last'] if device in alike else [])
+        columns.append((reports.measured(rows, 'steady'), alike.get(device)))
     params = {(row['model'], row['arguments']): row['params'] for row in complexity('sweep')}
     lines = []
     for row, (name, v100) in TABLE3.items():
         if row[1]:
             continue
         line = [name, f'{int(params[row]):,}', reports.number(v100), f'{v100 / TABLE3[BASELINE][1]:.2f}']
-        for results in columns:
-            value = reports.ratio(results, row) if row in results else None
-            line += [reports.number(results[row]['img_per_s']) if row in results else '-',
-                     f'{value:.2f}' if value else '-']
+        for results, same_format in columns:
+            line += ['-', '-'] if row not in results else [
+                reports.number(results[row]['img_per_s']), f'{reports.spread(results[row]):.1%}']
+            for own in (results, same_format):
+                if own is not None:
+                    value = reports.ratio(own, row) if row in own else None
+                    line.append(f'{value:.2f}' if value else '-')
         lines.append(line)
     sources = [f'{reports.source(rows)}.' for rows in devices] or ['None of ours is measured yet.']
     return '\n\n'.join([table(header, lines), *sources])
@@ -185,7 +194,10 @@ def gains_table(rows: List[Dict[str, str]]) -> str:
     forms = [form for form in INFERENCE if form != 'plain' and any(form in by_form for by_form in gains.values())]
     lines = []
     for model, by_form in gains.items():
-        line = [f'`{model}`']
+        plain = [by_form.get('plain', {}).get(memory) for memory in memories]
+        line = [f'`{model}`', ' / '.join(
+            reports.number(int(row['batch_size']) / float(row['seconds'])) if row and not row['error'] else '-'
+            for row in plain)]
         for form in forms:
             cells = []
             for memory in memories:
@@ -196,7 +208,7 @@ def gains_table(rows: List[Dict[str, str]]) -> str:
         lines.append(line)
     title = f'{rows[0]["device"]}, batch {rows[0]["batch_size"]}'
     title += f', memory {" / ".join(memories)}' if any(memories) else ''
-    return table([title, *forms], lines)
+    return table([title, 'plain (img/s)', *forms], lines)
 
 
 def forms_table(rows: List[Dict[str, str]]) -> str:
@@ -325,7 +337,7 @@ def weights_table() -> str:
             seeds_cell(entry), f'[log](weights/{training["summary"]})'])
     header = [
         'weights', 'top-1 %', 'top-5 %', "paper's top-1 %", 'parameters', 'paper FLOPS (M)', 'test images', 'epochs',
-        'seeds', 'log']
+        'seed(s)', 'log']
     return table(header, rows)
 
 

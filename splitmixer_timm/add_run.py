@@ -31,6 +31,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import save
 from timm.models import load_state_dict
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.utils import natural_key
 
 from . import manifest
 from .machine import device_name
@@ -211,7 +212,8 @@ def add_runs(
 
     Raises:
         ValueError: If a run is not finished, is of another architecture, differs from the others in more than the seed,
-            ended in weights that are not finite, or was made on what nothing tells of.
+            ended in weights that are not finite, or was made on what nothing tells of; or if class folders are labels
+            in another order.
         subprocess.CalledProcessError: If validate.py failed.
     """
     arch = name.partition('.')[0]
@@ -223,6 +225,9 @@ def add_runs(
             if key not in {'seed', 'experiment', *LOCAL_ARGS, *PATH_ARGS} and run_args.get(key) != other_args.get(key))
         if different:
             raise ValueError(f'{other_dir} must differ from {run_dir} in the seed alone, not in {", ".join(different)}')
+    for folder in (run_args['train_split'], split):
+        names = [path.name for path in (data_dir / folder).glob('*') if path.is_dir()]
+        manifest.check_class_order(sorted(names, key=natural_key), dataset)
     rows = read_summary(run_dir)
     made = made_on(run_dir, run_args['device'], scripts)
 

@@ -29,8 +29,8 @@ All models have 102 classes, as the paper's. Without CUDA a wall clock times the
 protocol, and the results say so.
 
 Every measurement is kept in DIR/<device>.csv as soon as it is made. A second run measures only what is missing, failed,
-or was measured with another --batches; a row of which repeats are missing begins anew where the code is another since,
-or not committed. Exit status 1 if a model failed (the others are measured all the same)."""
+or was measured with another --batches; an unfinished row starts again if the code has changed since, or has changes
+that are not committed. Exit status 1 if a model failed (the others are measured all the same)."""
 
 
 class CommandError(Exception):
@@ -441,7 +441,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_pull)
 
     command = commands.add_parser('card', help='print the model card of a model', description=(
-        'Print the card that push would publish, but for its title and the name to load it by.'))
+        "Print the card that push would publish, but for the title and the model's name in the example."))
     command.add_argument('model', metavar='MODEL', help=source)
     command.add_argument('--dataset', help='what a run was trained on')
     command.add_argument('--label-names', metavar='FILE', type=Path, help='class names of a run, a line each')

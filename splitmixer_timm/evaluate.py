@@ -11,6 +11,9 @@ from timm.utils import AverageMeter, accuracy
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from . import manifest
+from .runs import sorted_classes
+
 __all__ = ['Accuracy', 'evaluate']
 
 
@@ -50,13 +53,13 @@ def evaluate(
 
     Args:
         model_name: Name for `timm.create_model`.
-        data_dir: Folder of the test images, one folder a class, in the alphabetical order of the labels.
+        data_dir: Folder of the test images, one folder a class, which in alphabetical order are in that of the labels.
         device: Device to run on.
         batch_size: Images a batch.
         workers: Processes that load images.
 
     Raises:
-        ValueError: If the number of classes in the folder is not the model's.
+        ValueError: If the number of classes in the folder is not the model's, or their order is another.
         RuntimeError: If the model has no weights, or the folder no images.
     """
     device = torch.device(device)
@@ -66,6 +69,8 @@ def evaluate(
     classes = len(dataset.reader.class_to_idx)
     if classes != model.num_classes:
         raise ValueError(f'data_dir must have {model.num_classes} class folders for {model_name}, got {classes}.')
+    if entry := manifest.entries().get(model_name):
+        manifest.check_class_order(sorted_classes(dataset.reader), entry['dataset'])
     top1, top5 = AverageMeter(), AverageMeter()
     for images, target in tqdm(DataLoader(dataset, batch_size, num_workers=workers), desc=model_name, disable=None):
         for meter, percent in zip((top1, top5), accuracy(model(images.to(device)).cpu(), target, topk=(1, 5))):

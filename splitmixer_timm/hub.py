@@ -38,7 +38,7 @@ from torch import nn
 from . import __version__, manifest
 from .card import DATASETS, merge_cards, model_card
 from .hub_errors import HubError, TransportError, checked_token, explained, within
-from .runs import checkpoint_epoch, is_local_dataset, public_args, read_args, read_summary
+from .runs import checkpoint_epoch, is_local_dataset, public_args, read_args, read_summary, sorted_classes
 from .splitmixer import _NORM_LAYERS
 
 __all__ = ['HubError', 'Release', 'pull_from_hub', 'push_to_hub']
@@ -364,7 +364,7 @@ def _class_folders(root: str, args: Dict[str, Any], num_classes: int) -> Optiona
     """ Names of a run's class folders in label order, None where there are none such any more."""
     try:
         reader = create_dataset('', root=root, split=args['train_split'], class_map=args.get('class_map') or '').reader
-        names = tuple(sorted(reader.class_to_idx, key=reader.class_to_idx.get))
+        names = sorted_classes(reader)
     except Exception:  # whatever lies there now
         return None
     return names if len(names) == num_classes else None

@@ -12,7 +12,7 @@ import re
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple, Union
+from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 from huggingface_hub.utils import WeakFileLock
 from safetensors import SafetensorError, safe_open
@@ -61,6 +61,24 @@ def label_names(dataset: str) -> Tuple[str, ...]:
     """ Class names of a data set in label order (ImageNet's: WordNet's lemmas, as in timm's `ImageNetInfo`)."""
     path = _PACKAGE_DIR / 'labels' / f'{dataset}.txt'
     return tuple(path.read_text(encoding='utf-8').splitlines())
+
+
+def check_class_order(names: Sequence[str], dataset: str) -> None:
+    """ Check that class folders, in the order that timm reads them in, are not a data set's labels in another order.
+
+    Args:
+        names: Names of the folders, in that order.
+        dataset: Data set, as in splitmixer_timm/labels.
+
+    Raises:
+        ValueError: If they are: each class would be taken for another.
+    """
+    found, labels = (
+        [' '.join(re.findall('[^\\W_]+', name.lower())) for name in order] for order in (names, label_names(dataset)))
+    if found != labels and sorted(found) == sorted(labels):
+        raise ValueError(
+            f'class folders of {dataset} must be in the order of its labels, which is not the alphabetical one: name '
+            f'them by number, {1:0{len(str(len(labels)))}} ({labels[0]}) to {len(labels)} ({labels[-1]}).')
 
 
 def write_entry(name: str, entry: Dict[str, Any]) -> None:

@@ -3,7 +3,7 @@ import argparse
 import csv
 import threading
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import yaml
@@ -58,6 +58,11 @@ def checkpoint_epoch(checkpoint: Path) -> Optional[int]:
         return None
     with loading, torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(checkpoint, map_location='cpu', weights_only=True).get('epoch')
+
+
+def sorted_classes(reader: Any) -> Tuple[str, ...]:
+    """ Class names of one of timm's readers of image folders, in label order."""
+    return tuple(sorted(reader.class_to_idx, key=reader.class_to_idx.get))
 
 
 def public_args(run_args: Dict[str, Any]) -> Dict[str, Any]:

@@ -659,8 +659,8 @@ class TestDocuments:
         assert run_report() == 0
         assert run_report('--check') == 0
         readme = (tmp_path / 'README.md').read_text()
-        assert "| model | parameters | paper's V100 | ratio | A GPU | ratio |" in readme
-        assert '| II, s = 2 | 241,766 | 2,322 | 2.85 | - | - |' in readme
+        assert "| model | parameters | paper's V100 | ratio | A GPU | spread | ratio |\n" in readme
+        assert '| II, s = 2 | 241,766 | 2,322 | 2.85 | - | - | - |' in readme
         assert f'A GPU, {torch.get_num_threads()} threads, torch {torch.__version__}' in readme
         long = (tmp_path / 'benchmarks' / 'README.md').read_text()
         assert '### A GPU: inference, fp32, batch 64, 224 x 224' in long
@@ -668,6 +668,20 @@ class TestDocuments:
         row = next(iter(device.rows.values()))
         device.put({**row, 'img_per_s': '1.5'})
         assert run_report('--check') == 1
+
+    def test_same_memory_format(self, run_report, device, tmp_path):
+        """ Beside the ratio stands that with all models in one memory format, where it was measured."""
+        row = next(row for row in device.rows.values() if row['protocol'] == 'steady')
+        for memory_format, rates in (('contiguous', ('2', '3')), ('channels_last', ('2', '8'))):
+            for (model, arguments), rate in zip(list(paper.TABLE3)[:2], rates):
+                device.put({**row, 'model': model, 'arguments': arguments, 'img_per_s': rate, 'rates': f'{rate} {rate}',
+                            'memory_format': memory_format})
+        assert run_report() == 0
+        lines = [line for line in (tmp_path / 'README.md').read_text().splitlines() if line.startswith('| ')]
+        header, = (line for line in lines if 'A GPU' in line)
+        assert header.endswith('| A GPU | spread | ratio | ratio, all in channels_last |')
+        row, = (line for line in lines if line.startswith('| I, α = 2/3 |'))
+        assert row.endswith(' | 2.57 | 3 | 0.0% | 1.50 | 4.00 |')
 
     def test_picture_without_matplotlib(self, run_report, device, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr('report.find_spec', lambda name: None)

@@ -152,11 +152,14 @@ def test_memory(results, monkeypatch):
     assert [row['memory'] for row in rows] == ['returned'] * len(rows[::2]) + ['kept'] * len(rows[::2])
     table = [line.split('|')[1:-1] for line in report.gains_tables().splitlines() if line.startswith('|')]
     assert table[0][0].strip().endswith('batch 2, memory returned / kept')
-    assert [cell.strip() for cell in table[0][1:]] == ['created', 'compiled', 'optimized', 'optimized bf16']
+    forms = ['plain (img/s)', 'created', 'compiled', 'optimized', 'optimized bf16']
+    assert [cell.strip() for cell in table[0][1:]] == forms
     by_key = {(row['memory'], row['form']): float(row['seconds']) for row in rows if row['batch_size'] == '2'}
     expected = ' / '.join(
         f'{by_key[memory, "plain"] / by_key[memory, "optimized"]:.1f}' for memory in ('returned', 'kept'))
-    assert table[2][3].strip() == expected
+    assert table[2][4].strip() == expected
+    rates = [report.reports.number(2 / by_key[memory, 'plain']) for memory in ('returned', 'kept')]
+    assert table[2][1].strip() == ' / '.join(rates)
     # where it cannot be kept, that is said
     monkeypatch.setattr(speed.benchmark, 'keep_memory', lambda: False)
     status, rows = results(*models, '--memory', 'kept')

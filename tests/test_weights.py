@@ -316,6 +316,20 @@ def test_licence_is_the_manifests(zoo):
     assert licenses == {'cifar10': 'cc-by-nc-4.0', 'cifar100': 'apache-2.0'}
 
 
+class TestClassOrder:
+    def test_numbers_and_labels_in_order(self):
+        for names in ([f'{n:03d}' for n in range(1, 103)], manifest.label_names('flowers102')):
+            manifest.check_class_order(names, 'flowers102')
+        manifest.check_class_order(sorted(manifest.label_names('cifar10')), 'cifar10')
+
+    @pytest.mark.parametrize('between', [' ', '_'])
+    def test_labels_in_alphabetical_order(self, between):
+        """ Their first is not the data set's first: every class would be taken for another, without an error."""
+        names = sorted(name.replace(' ', between) for name in manifest.label_names('flowers102'))
+        with pytest.raises(ValueError, match=r'name them by number, 001 \(pink primrose\) to 102'):
+            manifest.check_class_order(names, 'flowers102')
+
+
 class TestLocalDirAndStateDict:
     def test_local_dir(self, tmp_path):
         """ timm's own way to keep a model in a folder works with ours."""
