@@ -208,7 +208,7 @@ def model_card(
     images = training.get('images')
     split = known.training.get(images) if known else None
     log = 'each measured epoch in `summary.csv`'
-    if 'recipe' in training:  # the zoo's, which validate.py measured
+    if metrics.get('measured_by', '').startswith("timm's validate.py"):
         log += ": train.py's own figures, from which the evaluation above differs"
     facts = [
         ('Recipe', training.get('recipe')),
@@ -250,7 +250,7 @@ def _split(card: str) -> Tuple[str, str]:
 
 
 def _read(metadata: str) -> Tuple[Dict[str, Any], Dict[str, str]]:
-    """ Metadata with every scalar as text, and the lines of each key as they were written.
+    """ Metadata that has a value, every scalar as text, and the lines of each key as they were written.
 
     YAML would read `language: no` as False and a version 1.10 as 1.1, and write what it has read; only keys that share
     lines or values are written so.
@@ -267,8 +267,9 @@ def _read(metadata: str) -> Tuple[Dict[str, Any], Dict[str, str]]:
     if any(mark.column for mark in marks) or any(isinstance(token, yaml.AliasToken) for token in yaml.scan(metadata)):
         return values, {str(key): _dump({key: value}) for key, value in yaml.safe_load(metadata).items()}
     ends = [mark.index for mark in marks[1:]] + [len(metadata)]
+    values = {key: value for key, value in values.items() if value not in ('', '~', 'null', 'Null', 'NULL')}
     return values, {
-        key.value: metadata[mark.index:end] for (key, _), mark, end in zip(node.value if values else [], marks, ends)}
+        key.value: metadata[mark.index:end] for (key, _), mark, end in zip(node.value if marks else [], marks, ends)}
 
 
 def merge_cards(existing: str, new: str) -> str:
@@ -291,8 +292,9 @@ def merge_cards(existing: str, new: str) -> str:
     tags = old_metadata.get('tags') or []
     if isinstance(tags, str):
         tags = [tags]
-    if 'transformers' in tags:  # timm's tag of every model it publishes, which transformers does not load
-        tags = [tag for tag in tags if tag != 'transformers']
+    # timm's tag of every model it publishes, which transformers does not load
+    tags = [tag for tag in tags if tag != 'transformers']
+    if old_metadata.get('library_name') == 'timm':
         old_body = re.sub(r'\A# Model card for .*\n*', '', old_body)
     metadata['tags'] += [tag for tag in tags if tag not in metadata['tags']]
     generated = re.search(f'{re.escape(BEGIN)}.*?{re.escape(END)}\n?', old_body, re.DOTALL)

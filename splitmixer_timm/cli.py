@@ -1,6 +1,7 @@
 """ Command line: `splitmixer-timm` or `python -m splitmixer_timm`. """
 import argparse
 import dataclasses
+import io
 import json
 import os
 import sys
@@ -112,7 +113,8 @@ def _predict(args: argparse.Namespace) -> int:
     except Exception as e:  # whatever a model from elsewhere has amiss (its config, its file, its place)
         raise CommandError(f'cannot load {model_name}: {e or type(e).__name__}') from e
 
-    sys.stdout.reconfigure(errors='backslashreplace')  # file names that are not text, as standard error shows them
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors='backslashreplace')  # file names that are not text, as standard error shows them
     failures = 0
     answers: List[Dict[str, Any]] = []
     results = classify(classifier, sources, args.topk, args.batch_size)

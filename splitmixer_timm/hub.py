@@ -135,7 +135,10 @@ def _zoo_name(model: nn.Module) -> Optional[str]:
     file = manifest.bundled_file(name)
     if file is None or not _is_same(load_file(file), model.state_dict()):
         return None
-    return name if _computation(model) == _computation(timm.create_model(name, device='meta')) else None
+    if _computation(model) != _computation(timm.create_model(name, device='meta')):
+        _logger.warning(f'the weights are those of {name}, the arguments are not: what is known of it is left out')
+        return None
+    return name
 
 
 @dataclass
@@ -268,7 +271,7 @@ def _of_the_zoo(name: str, model: nn.Module, **given) -> Release:
         **{key: value for key, value in given.items() if value is not None},
     })
     zoo, own = (
-        json.dumps(resolve_data_config(pretrained_cfg=cfg))
+        json.loads(json.dumps(resolve_data_config(pretrained_cfg=cfg)))  # lists and tuples alike
         for cfg in (timm.get_pretrained_cfg(name).to_dict(), release.cfg))
     if zoo != own and given.get('metrics') is None:
         release.metrics = {}  # the zoo's were measured on images prepared otherwise
@@ -396,12 +399,13 @@ def folder_release(
 def _new_branch(api: HfApi, repo_id: str, branch: str) -> Iterator[str]:
     """ A branch, given by its commit, that goes again if what is done with it fails and nobody else committed to it."""
     api.create_branch(repo_id, branch=branch)
-    made_from = api.model_info(repo_id, revision=branch).sha
+    made_from = None
     try:
+        made_from = api.model_info(repo_id, revision=branch).sha
         yield made_from
     except BaseException:
         with suppress(TransportError):
-            if api.model_info(repo_id, revision=branch).sha == made_from:
+            if made_from is None or api.model_info(repo_id, revision=branch).sha == made_from:
                 api.delete_branch(repo_id, branch=branch)
         raise
 
@@ -531,7 +535,7 @@ def download(
         optional: Sequence[str] = (),
 ) -> Path:
     """ Folder of the cache with config.json and model.safetensors of one commit, and what there is of `optional`."""
-    token = checked_token(token)
+    token = checked_token(token, is_sent=not local_files_only)
     kwargs = dict(cache_dir=cache_dir, token=token, **_LIBRARY)
     with explained(repo_id, revision):
         if not local_files_only and not constants.HF_HUB_OFFLINE:

@@ -58,26 +58,33 @@ def _can_be_sent(token: str) -> bool:
     return bool(token) and token.isascii() and token.isprintable() and ' ' not in token
 
 
-def checked_token(token: Optional[Union[str, bool]] = None) -> Optional[Union[str, bool]]:
+def checked_token(token: Optional[Union[str, bool]] = None, is_sent: bool = True) -> Optional[Union[str, bool]]:
     """ A token, or huggingface_hub's None (the one that is logged in, if any), True (that one) or False (none).
+
+    Args:
+        token: The token.
+        is_sent: Whether the Hub is asked at all. If not, or offline, it is False: the client would look all the same.
 
     Raises:
         ValueError: If it cannot be sent; the error of the connection would show it.
-        HubError: If the one that is logged in cannot be sent.
+        HubError: If the one that is logged in would be sent and cannot.
     """
+    is_stored = token is True or token is None and not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN
     if isinstance(token, str):
         token = token.strip()
         if not _can_be_sent(token):
             raise ValueError('token must be one word of ASCII letters and digits (it is not shown here).')
-    elif token is not False:
+    if not is_sent or constants.HF_HUB_OFFLINE:
+        return False
+    if is_stored:
         try:
             stored = get_token()
-        except UnicodeDecodeError:
+        except (OSError, UnicodeDecodeError):
             stored = ''
         if stored is not None and not _can_be_sent(stored):
             raise HubError(
-                'The token that is logged in (HF_TOKEN, or the file that `hf auth login` writes) is not one word of '
-                'ASCII letters and digits (it is not shown here).')
+                'The token that is logged in (HF_TOKEN, or the file that `hf auth login` writes) cannot be read, or '
+                'is not one word of ASCII letters and digits (it is not shown here).')
     return token
 
 

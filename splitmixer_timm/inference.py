@@ -24,9 +24,12 @@ def _build(model: SplitMixer, dtype: torch.dtype) -> nn.Module:
     raise Unsupported(f'a model on {device}')
 
 
-def _cast_images(model: SplitMixer, args: Tuple[torch.Tensor]) -> torch.Tensor:
-    """ Images in the data type of the weights, as the faster forms take them."""
-    return args[0].to(model.stem[0].weight.dtype)
+def _cast_images(model: SplitMixer, args: Tuple[torch.Tensor]) -> Tuple[torch.Tensor]:
+    """ Images in the weights' data type, as the faster forms take them, but in TorchScript and where given by name."""
+    if not torch.jit.is_scripting():
+        if args:
+            return (args[0].to(next(model.parameters()).dtype),)
+    return args
 
 
 def optimize_for_inference(model: SplitMixer, *, dtype: Optional[torch.dtype] = None) -> nn.Module:
@@ -73,7 +76,6 @@ def optimize_for_inference(model: SplitMixer, *, dtype: Optional[torch.dtype] = 
         return _build(model, dtype)
     except Unsupported as e:
         warnings.warn(f'optimize_for_inference has no faster form for {e}: the model is copied as it is.', stacklevel=2)
-    fallback = copy.deepcopy(model).requires_grad_(False)
-    if next(model.parameters()).dtype != dtype:
-        fallback.to(dtype).register_forward_pre_hook(_cast_images)
+    fallback = copy.deepcopy(model).to(dtype).requires_grad_(False)
+    fallback.register_forward_pre_hook(_cast_images)
     return fallback

@@ -506,8 +506,15 @@ class TestFallback:
         assert not fallback.training
         assert not any(p.requires_grad for p in fallback.parameters())
         assert difference(lambda x: fallback(x).float(), model, images) < 1e-6
-        assert fallback(images).dtype == (dtype or torch.float32)
+        for given in (torch.bfloat16, torch.float64):
+            assert fallback(images.to(given)).dtype == (dtype or torch.float32)
+        assert torch.equal(fallback(x=images.to(dtype or torch.float32)), fallback(images))
         assert torch.equal(copy.deepcopy(fallback)(images), fallback(images))
+
+    def test_scripted(self, images):
+        with pytest.warns(UserWarning, match='no faster form'):
+            fallback = optimize_for_inference(build(norm_layer='layernorm2d'))
+        torch.testing.assert_close(torch.jit.script(fallback)(images), fallback(images))
 
     def test_no_kernels_for_the_device(self):
         with pytest.warns(UserWarning, match='a model on meta'):

@@ -69,7 +69,8 @@ class TestCustomisedConvolutions:
 
     @pytest.mark.parametrize('other', [
         lambda: nn.Conv2d(12, 12, 3, padding=1), lambda: nn.Conv2d(12, 12, 1, bias=False),
-        lambda: nn.Conv2d(12, 12, 1, groups=2)], ids=['3x3', 'no bias', 'groups'])
+        lambda: nn.Conv2d(12, 12, 1, groups=2), lambda: nn.Conv2d(12, 16, 1),
+    ], ids=['3x3', 'no bias', 'groups', 'wider'])
     def test_replaced_convolutions(self, other, images):
         """ Others that are put in place of type IV's are called as they are."""
         model = SplitMixer(24, 2, channel_mixing='iv').eval()
