@@ -296,8 +296,9 @@ class SeparateSegmentMixing(nn.Module):
     def _are_plain(self) -> bool:
         """ Whether the convolutions do no more than their weights and biases say: no adapters, no hooks."""
         return not _is_everything_watched() and all(
-            type(conv) is nn.Conv2d and conv.bias is not None and conv.weight.shape == (size, size, 1, 1)
-            and conv.stride == (1, 1) and conv.padding == (0, 0) and not _is_watched(conv)
+            type(conv) is nn.Conv2d and conv.bias is not None and conv.in_channels == conv.out_channels == size
+            and conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
+            and not _is_watched(conv)
             for size, conv in zip(self.sizes, self.convs))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
