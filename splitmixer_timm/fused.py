@@ -176,12 +176,10 @@ def check_supported(model: SplitMixer) -> None:
                 _check_conv(f'{name}.spatial_mixing', conv, is_depthwise=True, stride=(1, 1), padding='same')
                 _check_act_norm(f'{name}.spatial_mixing', act, norm)
             if hasattr(spatial, 'conv2'):
-                sizes, acts = (
-                    [getattr(spatial, f'{part}{n}') for n in (1, 2)] for part in ('conv', 'act'))
-                size = sizes[0].kernel_size[1]
-                if [conv.kernel_size for conv in sizes] != [(1, size), (size, 1)]:
+                size = spatial.conv1.kernel_size[1]
+                if (spatial.conv1.kernel_size, spatial.conv2.kernel_size) != ((1, size), (size, 1)):
                     raise Unsupported(f'kernels other than 1 x k and k x 1 at {name}.spatial_mixing')
-                if activation(acts[0]) != activation(acts[1]):
+                if activation(spatial.act1) != activation(spatial.act2):
                     raise Unsupported(f'two activations at {name}.spatial_mixing')
         if type(channel) is not nn.Identity:
             _check_type(f'{name}.channel_mixing', channel, [nn.Sequential])
