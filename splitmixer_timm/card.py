@@ -294,7 +294,7 @@ def merge_cards(existing: str, new: str) -> str:
         tags = [tags]
     # timm's tag of every model it publishes, which transformers does not load
     tags = [tag for tag in tags if tag != 'transformers']
-    if old_metadata.get('library_name') == 'timm':
+    if old_metadata.get('library_name') == 'timm' and BEGIN not in old_body:  # as ours has it, too
         old_body = re.sub(r'\A# Model card for .*\n*', '', old_body)
     metadata['tags'] += [tag for tag in tags if tag not in metadata['tags']]
     generated = re.search(f'{re.escape(BEGIN)}.*?{re.escape(END)}\n?', old_body, re.DOTALL)

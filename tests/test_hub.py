@@ -1118,6 +1118,9 @@ class TestCard:
         """ As timm's is, but in a card that is not timm's."""
         merged = card.merge_cards('# Model card for my cat\n', hub.Release(create()).card('a', 'b'))
         assert merged.endswith('\n# Model card for my cat\n')
+        one = hub.Release(create()).card('a', 'b')
+        headed = one.replace(card.BEGIN, f'# Model card for my cat\n\n{card.BEGIN}')
+        assert card.merge_cards(headed, one) == headed
 
     def test_sections_in_the_generated_part(self):
         """ What somebody wrote between its marks goes below them."""
