@@ -110,6 +110,15 @@ def end_what_names(path):
                 os.kill(int(process.parent.name), signal.SIGKILL)
 
 
+def driver_until(name, zoo):
+    """ A process that trains `OTHER`, when the file `name` is there."""
+    driver = subprocess.Popen([sys.executable, '-m', 'splitmixer_timm.train_zoo', OTHER, *zoo.command])
+    while not (zoo.path / name).exists():
+        assert driver.poll() is None
+        time.sleep(0.05)
+    return driver
+
+
 @pytest.fixture
 def validated(monkeypatch):
     """ validate.py answers at once."""
@@ -360,10 +369,7 @@ def test_a_run_left_behind(zoo, monkeypatch, capsys):
     """ While it is at work no other train.py starts in its folder, whoever started it."""
     monkeypatch.setattr(train_zoo, 'LOCK_SECONDS', 0.3)
     (zoo.path / 'hang').touch()
-    driver = subprocess.Popen([sys.executable, '-m', 'splitmixer_timm.train_zoo', OTHER, *zoo.command])
-    while not (zoo.path / 'hung').exists():
-        assert driver.poll() is None
-        time.sleep(0.05)
+    driver = driver_until('hung', zoo)
     driver.kill()
     driver.wait()
     try:
@@ -376,10 +382,7 @@ def test_a_run_left_behind(zoo, monkeypatch, capsys):
 def test_ended_from_outside(zoo):
     """ A driver that is told to end takes its runs with it."""
     (zoo.path / 'hang').touch()
-    driver = subprocess.Popen([sys.executable, '-m', 'splitmixer_timm.train_zoo', OTHER, *zoo.command])
-    while not (zoo.path / 'hung').exists():
-        assert driver.poll() is None
-        time.sleep(0.05)
+    driver = driver_until('hung', zoo)
     driver.terminate()
     assert driver.wait(60) == 128 + signal.SIGTERM
     for process in Path('/proc').glob('[0-9]*/cmdline'):
@@ -391,10 +394,7 @@ def test_ended_while_it_measures(zoo):
     """ What is being measured is given up, and not added."""
     (zoo.path / 'scripts' / 'validate.py').write_text(
         f'import pathlib, time; pathlib.Path({str(zoo.path)!r}, "measuring").touch(); time.sleep(600)')
-    driver = subprocess.Popen([sys.executable, '-m', 'splitmixer_timm.train_zoo', OTHER, *zoo.command])
-    while not (zoo.path / 'measuring').exists():
-        assert driver.poll() is None
-        time.sleep(0.05)
+    driver = driver_until('measuring', zoo)
     driver.terminate()
     assert driver.wait(60) == 128 + signal.SIGTERM
     assert not zoo.entries()
