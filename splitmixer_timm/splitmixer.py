@@ -172,12 +172,15 @@ def _to_fast_format(x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.fx.wrap
-def _hold_format(x: torch.Tensor) -> torch.Tensor:
-    """ Features whose gradient comes in their own format: pooling's does not, and the norm of half precision would
-    copy it when memory is at its peak."""
+def _hold_format(x: torch.Tensor, is_sum: bool) -> torch.Tensor:
+    """ Features whose gradient comes in their own format, which pooling's does not.
+
+    It is a copy when memory is at its peak, which the norm of half precision would make as well. In fp32 it is made
+    only of a sum's gradient, that all blocks would else get in the wrong format.
+    """
     if not torch.jit.is_scripting():
-        is_half = x.dtype in (torch.bfloat16, torch.float16)
-        if is_half and x.requires_grad and x.device.type == 'cpu' and not torch.compiler.is_compiling():
+        is_wanted = is_sum or x.dtype in (torch.bfloat16, torch.float16)
+        if is_wanted and x.requires_grad and x.device.type == 'cpu' and not torch.compiler.is_compiling():
             x.register_hook(_to_fast_format)
     return x
 
@@ -226,6 +229,14 @@ def _separate_convs(
         return F.conv2d(x, torch.cat(weights), torch.cat(biases), groups=len(sizes))
     segments = x.split(sizes, dim=1)
     return torch.cat([F.conv2d(segments[i], weights[i], biases[i]) for i in range(len(sizes))], dim=1)
+
+
+@torch.fx.wrap
+def _segment(x: torch.Tensor, start: int, size: int) -> torch.Tensor:
+    """ Channels from `start` on, their gradient in channels_last if they are: that of `narrow` alone never is."""
+    if _is_channels_last(x):
+        return x.permute(0, 2, 3, 1).narrow(3, start, size).permute(0, 3, 1, 2)
+    return x.narrow(1, start, size)
 
 
 @torch.fx.wrap
@@ -330,6 +341,8 @@ class SlidingSegmentMixing(nn.Module):
         self.conv = nn.Conv2d(kernel_size, dim // len(self.starts), kernel_size=1, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            return _interleave([self.conv(_segment(x, start, self.kernel_size)) for start in self.starts])
         return _interleave([self.conv(x.narrow(1, start, self.kernel_size)) for start in self.starts])
 
 
@@ -604,6 +617,7 @@ class SplitMixer(nn.Module):
                 drop_path=drop_path,
             ))
         self.blocks = nn.Sequential(*blocks)
+        self.ends_in_sum = channel_residual or spatial_residual and not has_channel
         self.feature_info = [dict(num_chs=dim, reduction=patch_stride, module=f'blocks.{i}') for i in range(depth)]
 
         self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
@@ -754,7 +768,8 @@ class SplitMixer(nn.Module):
         size = self._piece_size(x)
         if size > 0:
             return torch.cat([self.blocks(piece) for piece in x.split(size)])
-        return _hold_format(checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x))
+        x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+        return _hold_format(x, self.ends_in_sum)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """ Features (N, dim, H, W) to logits (N, num_classes), or to what enters the classifier."""

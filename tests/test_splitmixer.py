@@ -1,5 +1,6 @@
 """ The architecture: against the paper's networks transcribed, the paper's figures, its ablations, and bad input."""
 import math
+from functools import partial
 
 import pytest
 import reference
@@ -382,6 +383,31 @@ class TestMemoryFormat:
             assert is_channels_last(features)
             assert all(is_last for dim, is_last in seen if dim == 4)
             assert len(seen) > 12
+
+    @pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+    @pytest.mark.parametrize('kwargs', [
+        *(dict(channel_mixing=kind) for kind in KINDS),
+        dict(channel_mixing='3d', channel_kernel_size=6, channel_stride=6),
+        dict(channel_mixing='iv', num_segments=5),
+        dict(channel_mixing='none'),
+        dict(channel_residual=True),
+    ])
+    def test_gradients_keep_it(self, kwargs, precision, images):
+        """ All but what pooling gives the last norm: the norms' backward takes many times as long with others."""
+        model = randomize(SplitMixer(24, 3, num_classes=10, **kwargs)).train()
+        seen = {}
+
+        def watch(name, module, args, out):
+            out.register_hook(lambda grad: seen.update({name: is_channels_last(grad)}))
+
+        norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+        for name, module in norms.items():
+            module.register_forward_hook(partial(watch, name))
+        with torch.autocast('cpu', torch.bfloat16, enabled=precision == 'bf16'):
+            loss = model(images).float().logsumexp(1).sum()
+        loss.backward()
+        assert seen.keys() == norms.keys()
+        assert all(is_last for name, is_last in seen.items() if name != list(norms)[-1])
 
     @pytest.mark.parametrize('kind', KINDS)
     def test_blocks_take_any_format(self, kind):
