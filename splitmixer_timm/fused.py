@@ -8,6 +8,7 @@ from timm.layers import GELU, DropPath
 from torch import nn
 
 from .splitmixer import (
+    ChannelsLastGELU,
     RowConv2d,
     SegmentMixing,
     SeparateSegmentMixing,
@@ -96,7 +97,7 @@ def fold_affine(norm: nn.BatchNorm2d) -> Tuple[torch.Tensor, torch.Tensor]:
 
 def activation(act: nn.Module) -> str:
     """ Name of an activation that the fused forms have: 'gelu' (exact) or 'relu'."""
-    if type(act) in (nn.GELU, GELU) and getattr(act, 'approximate', 'none') == 'none':
+    if type(act) in (nn.GELU, GELU, ChannelsLastGELU) and getattr(act, 'approximate', 'none') == 'none':
         return 'gelu'
     if type(act) is nn.ReLU:
         return 'relu'

@@ -186,6 +186,17 @@ def _hold_format(x: torch.Tensor, is_sum: bool) -> torch.Tensor:
 
 
 @torch.fx.wrap
+def _gelu(x: torch.Tensor, approximate: str) -> torch.Tensor:
+    """ GELU, on a CPU by oneDNN, which torch calls for contiguous memory only."""
+    if not torch.jit.is_scripting():
+        # graphs that are recorded would keep the permutations
+        is_recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if x.device.type == 'cpu' and not is_recorded and _is_channels_last(x):
+            return F.gelu(x.permute(0, 2, 3, 1), approximate=approximate).permute(0, 3, 1, 2)
+    return F.gelu(x, approximate=approximate)
+
+
+@torch.fx.wrap
 def _row_conv(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
     """ Depthwise 1 x k convolution with a gradient that is fast on a CPU too.
 
@@ -245,6 +256,13 @@ def _interleave(maps: List[torch.Tensor]) -> torch.Tensor:
     if _is_channels_last(maps[0]):
         return torch.stack([m.permute(0, 2, 3, 1) for m in maps], dim=4).flatten(3).permute(0, 3, 1, 2)
     return torch.stack(maps, dim=2).flatten(1, 2)
+
+
+class ChannelsLastGELU(nn.GELU):
+    """ GELU, on a CPU as fast in channels_last memory as in contiguous."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _gelu(x, self.approximate)
 
 
 class RowConv2d(nn.Conv2d):
@@ -481,7 +499,8 @@ class SplitMixerBlock(nn.Module):
 # Modules that treat every image of a batch by itself in eval mode, BatchNorm where it has running statistics
 _INDEPENDENT = (
     SplitMixerBlock, SegmentMixing, SharedSegmentMixing, SeparateSegmentMixing, SlidingSegmentMixing, RowConv2d,
-    nn.Sequential, nn.ModuleList, nn.Conv2d, nn.Identity, DropPath, nn.BatchNorm2d, nn.GELU, GELU, nn.ReLU)
+    nn.Sequential, nn.ModuleList, nn.Conv2d, nn.Identity, DropPath, nn.BatchNorm2d, nn.GELU, GELU, ChannelsLastGELU,
+    nn.ReLU)
 PIECE_BYTES = 2**20  # features for each core that blocks take at a time: more leave its cache, less idle it
 
 
@@ -569,6 +588,8 @@ class SplitMixer(nn.Module):
         spatial_residual = _flag('spatial_residual', spatial_residual) and has_spatial
         channel_residual = _flag('channel_residual', channel_residual)
         act_layer = resolve_act_layer(act_layer)
+        if act_layer in (nn.GELU, GELU):
+            act_layer = ChannelsLastGELU
         norm_layer = _resolve_norm_layer(norm_layer)
         mixer_args = _check_mixer_args(
             dim, channel_mixing, overlap_ratio, num_segments, alternate_segments, channel_kernel_size, channel_stride)

@@ -12,6 +12,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 from torch.nn.utils import prune
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from splitmixer_timm import SplitMixer, checkpoint_filter_fn, splitmixer
 from splitmixer_timm.complexity import measure_complexity
@@ -408,6 +409,47 @@ class TestMemoryFormat:
         loss.backward()
         assert seen.keys() == norms.keys()
         assert all(is_last for name, is_last in seen.items() if name != list(norms)[-1])
+
+    @pytest.mark.parametrize('kind', KINDS)
+    def test_gelu_is_of_contiguous_memory(self, kind, images):
+        """ As torch calls oneDNN's, in the forward and in the backward pass."""
+        contiguous = []
+
+        class Watch(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                if func.overloadpacket in (torch.ops.aten.gelu, torch.ops.aten.gelu_backward):
+                    contiguous.append(all(x.is_contiguous() for x in args if isinstance(x, torch.Tensor)))
+                return func(*args, **(kwargs or {}))
+
+        model = randomize(SplitMixer(24, 2, channel_mixing=kind, num_classes=10)).train()
+        with Watch():
+            model(images).logsumexp(1).sum().backward()
+            model.eval()(images)
+        assert contiguous == [True] * 3 * (1 + 2 * 3)
+
+    @pytest.mark.parametrize('shape', [(2, 24, 5, 6), (2, 24, 1, 1), (2, 1, 5, 6), (24, 5)])
+    @pytest.mark.parametrize('approximate', ['none', 'tanh'])
+    def test_gelu_is_the_same_in_any_format(self, approximate, shape):
+        gelu = splitmixer.ChannelsLastGELU(approximate)
+        given = torch.randn(shape, requires_grad=True)
+        formats = [given, given.mT.contiguous().mT]
+        if given.dim() == 4:
+            formats.append(given.contiguous(memory_format=torch.channels_last))
+        for x in formats:
+            out, expected = gelu(x), F.gelu(x, approximate=approximate)
+            torch.testing.assert_close(out, expected)
+            assert is_channels_last(out) == is_channels_last(expected)
+            assert out.is_contiguous() == expected.is_contiguous()
+            grads = [torch.autograd.grad(y.square().sum(), given, retain_graph=True)[0] for y in (out, expected)]
+            torch.testing.assert_close(*grads)
+
+    def test_recorded_graphs_have_no_permutations(self, images):
+        """ Of the types that need none."""
+        model = SplitMixer(24, 2, channel_mixing='i').eval()
+        exported = torch.export.export(model, (images,))
+        assert not [node for node in exported.graph.nodes if 'permute' in str(node.target)]
+        with torch.no_grad():
+            assert 'permute' not in str(torch.jit.trace(model, images).inlined_graph)
 
     @pytest.mark.parametrize('kind', KINDS)
     def test_blocks_take_any_format(self, kind):
