@@ -8,7 +8,7 @@
 plain model's graph. All have the same weights and images, take turns in one process, in turns of at least a tenth of a
 second, and the median counts. Each model and task has a process of its own. On a CPU the memory that torch frees is
 `returned` to the system, as glibc does by itself, or `kept`, as under jemalloc: a form that needs less memory gains
-more by the first.
+more by the first. bf16 is left out on a processor without instructions for it.
 """
 import argparse
 import copy
@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from splitmixer_timm import SplitMixer, benchmark, fuse_for_training, optimize_for_inference
 from splitmixer_timm.benchmark import VERSIONS, Results, Settings, build_model, make_images, seconds
+from splitmixer_timm.machine import has_bfloat16
 
 MODELS = [f'{name}_256_8_ks7_p7' for name in (
     'splitmixer_i', 'splitmixer_ii', 'splitmixer_iii', 'splitmixer_iv', 'convmixer')]
@@ -97,6 +98,10 @@ def _openvino(model: nn.Module, images: torch.Tensor, precision: str) -> Callabl
     return lambda x: torch.from_numpy(compiled(x.numpy())[0])
 
 
+def computes_bfloat16(device: torch.device) -> bool:
+    return device.type != 'cpu' or has_bfloat16()
+
+
 def inference_forms(
         model: nn.Module,
         images: torch.Tensor,
@@ -112,13 +117,15 @@ def inference_forms(
     yield 'compiled', lambda: torch.compile(model, dynamic=False)
     if isinstance(model, SplitMixer):
         yield 'optimized', lambda: optimize_for_inference(model)
-        yield 'optimized bf16', lambda: optimize_for_inference(model, dtype=torch.bfloat16)
+        if computes_bfloat16(images.device):
+            yield 'optimized bf16', lambda: optimize_for_inference(model, dtype=torch.bfloat16)
     if images.device.type == 'cpu' and find_spec('onnxscript'):
         if find_spec('onnxruntime'):
             yield 'ONNX Runtime', lambda: _session(plain, images)
         if find_spec('openvino'):
             yield 'OpenVINO', lambda: _openvino(plain, images, 'f32')
-            yield 'OpenVINO bf16', lambda: _openvino(plain, images, 'bf16')
+            if computes_bfloat16(images.device):  # elsewhere this would be fp32 as well
+                yield 'OpenVINO bf16', lambda: _openvino(plain, images, 'bf16')
 
 
 def training_forms(model: nn.Module) -> Iterator[Tuple[str, Callable[[], nn.Module]]]:
@@ -236,12 +243,15 @@ def main(argv: Optional[List[str]] = None) -> int:
         if find_spec(package) is None:
             print(f"{package} is not installed, its rows are left out: pip install 'splitmixer-timm[export]'",
                   file=sys.stderr)
+    if not computes_bfloat16(device):
+        print('This processor has no instructions for bf16, its rows are left out.', file=sys.stderr)
 
     tasks = []
     if 'infer' in args.tasks:
         tasks += [Task('infer', 'fp32', size) for size in dict.fromkeys((args.batch_size, 1))]
     if 'train' in args.tasks:
-        tasks += [Task('train', precision, args.batch_size) for precision in ('fp32', 'bf16')]
+        precisions = ('fp32', 'bf16') if computes_bfloat16(device) else ('fp32',)
+        tasks += [Task('train', precision, args.batch_size) for precision in precisions]
     common = dict(
         device=benchmark.device_name(str(device)), date=datetime.date.today().isoformat(), commit=benchmark.commit(),
         **benchmark.describe_versions(device), **{package: package_version(package) for package in PACKAGES})

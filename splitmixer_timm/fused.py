@@ -1,7 +1,7 @@
 """ What the fused forms of a SplitMixer for inference share: a model taken apart into plain tensors."""
 import copy
 from dataclasses import dataclass
-from typing import Any, Callable, List, Sequence, Tuple
+from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import torch
 from timm.layers import GELU, DropPath
@@ -194,18 +194,20 @@ class FusedModel(nn.Module):
 
     Args:
         model: The model, which stays as it is.
-        dtype: Data type of weights, features and logits.
+        dtype: Data type of features, classifier and logits.
+        compute_dtype: Data type that stem and blocks compute in, `dtype` if None.
 
     Raises:
         Unsupported: If the model has a forward of its own.
     """
 
-    def __init__(self, model: SplitMixer, dtype: torch.dtype):
+    def __init__(self, model: SplitMixer, dtype: torch.dtype, compute_dtype: Optional[torch.dtype] = None):
         super().__init__()
         own = [name for name in ('forward_features', 'forward_head') if name in model.__dict__]
         if type(model) is not SplitMixer or own:
             raise Unsupported(f'model {type(model).__name__} with {" and ".join(own) or "code"} of its own')
         self.dtype = dtype
+        self.compute_dtype = compute_dtype or dtype
         for name in ('in_chans', 'num_classes', 'num_features', 'head_hidden_size', 'patch_size'):
             setattr(self, name, getattr(model, name))
         for name in ('pretrained_cfg', 'default_cfg'):

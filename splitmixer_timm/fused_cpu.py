@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .fused import FusedModel, Product, Unsupported, activation, check_supported, fold_affine, segments
+from .machine import has_bfloat16
 from .splitmixer import PIECE_BYTES, SplitMixer, SplitMixerBlock
 
 __all__ = ['FusedSplitMixer', 'build']
@@ -27,7 +28,7 @@ def _has_onednn(dtype: torch.dtype) -> bool:
     """ Whether oneDNN computes in this data type and takes weights in a layout of its own."""
     if platform.machine() not in ('x86_64', 'AMD64') or not torch.backends.mkldnn.is_available():
         return False  # on other processors it was not tried
-    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32 or has_bfloat16()
 
 
 def _is_recorded() -> bool:
@@ -321,16 +322,18 @@ class FusedSplitMixer(FusedModel):
 
     Args:
         model: The model.
-        dtype: Data type of weights, features and logits: fp32 or bf16. Affines stay in fp32.
+        dtype: Data type of features and logits: fp32 or bf16.
+        compute_dtype: Data type that stem and blocks compute in and have their weights in. Affines stay in fp32.
     """
 
-    def __init__(self, model: SplitMixer, dtype: torch.dtype):
-        super().__init__(model, dtype)
+    def __init__(self, model: SplitMixer, dtype: torch.dtype, compute_dtype: torch.dtype):
+        super().__init__(model, dtype, compute_dtype)
         conv, act, norm = model.stem
         self.stem = Convolution(
-            conv.weight.detach().clone(), conv.bias.detach().clone(), dtype, stride=conv.stride, act=activation(act))
+            conv.weight.detach().clone(), conv.bias.detach().clone(), compute_dtype, stride=conv.stride,
+            act=activation(act))
         self.affine = Affine(*fold_affine(norm))
-        self.blocks = nn.Sequential(*(Block(block, dtype) for block in model.blocks))
+        self.blocks = nn.Sequential(*(Block(block, compute_dtype) for block in model.blocks))
         self._prepared: Optional[Tuple[List[Function], List[Tuple[Any, ...]]]] = None
         self.eval()
 
@@ -356,7 +359,7 @@ class FusedSplitMixer(FusedModel):
                 state += [
                     (module._buffers, name, tensor, None if tensor.is_inference() else tensor._version)
                     for name, tensor in module._buffers.items() if tensor is not None]
-            self._prepared = prepared = self._prepare(_has_onednn(self.dtype)), state
+            self._prepared = prepared = self._prepare(_has_onednn(self.compute_dtype)), state
         return prepared[0]
 
     def __getstate__(self) -> Dict[str, Any]:
@@ -366,7 +369,7 @@ class FusedSplitMixer(FusedModel):
         """ A batch in pieces whose features fit the cache."""
         (kernel, _), (stride, _) = self.stem.weight.shape[2:], self.stem.stride
         H, W = ((size - kernel) // stride + 1 for size in x.shape[2:])
-        image = H * W * self.num_features * self.dtype.itemsize
+        image = H * W * self.num_features * self.compute_dtype.itemsize
         count = max(1, PIECE_BYTES * torch.get_num_threads() // image)
         _keep_memory(4 * min(count, len(x)) * image)  # what a block takes at most
         return x.split(count)
@@ -377,10 +380,10 @@ class FusedSplitMixer(FusedModel):
         is_recorded = _is_recorded()
         functions = self._prepare(False) if is_recorded else self._functions()
         for piece in (x,) if is_recorded else self._split(x):
-            piece = piece.permute(0, 2, 3, 1).to(self.dtype, memory_format=torch.contiguous_format)
+            piece = piece.permute(0, 2, 3, 1).to(self.compute_dtype, memory_format=torch.contiguous_format)
             for function in functions:
                 piece = function(piece)
-            yield piece.permute(0, 3, 1, 2)
+            yield piece.permute(0, 3, 1, 2).to(self.dtype)
 
     @torch.no_grad()
     @torch.autocast('cpu', enabled=False)
@@ -410,7 +413,8 @@ def build(model: SplitMixer, dtype: torch.dtype) -> FusedSplitMixer:
 
     Args:
         model: The model.
-        dtype: Data type of weights, features and logits: fp32 or bf16.
+        dtype: Data type of features and logits: fp32, or bf16, which is also what it computes in where the processor
+            has that.
 
     Raises:
         Unsupported: If the model or `dtype` is not covered; the message says why.
@@ -418,6 +422,6 @@ def build(model: SplitMixer, dtype: torch.dtype) -> FusedSplitMixer:
     if dtype not in (torch.float32, torch.bfloat16):
         raise Unsupported(f'{dtype} on a CPU')
     check_supported(model)
-    fused = FusedSplitMixer(model, dtype)
+    fused = FusedSplitMixer(model, dtype, dtype if has_bfloat16() else torch.float32)
     fused._functions()  # now, not at the first call
     return fused

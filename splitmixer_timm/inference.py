@@ -51,7 +51,8 @@ def optimize_for_inference(model: SplitMixer, *, dtype: Optional[torch.dtype] = 
 
     Where there is no such form (a norm other than BatchNorm2d, an activation other than exact GELU and ReLU, a data
     type or device without kernels, a part that was replaced or hooked on to, a subclass) a warning says why and a plain
-    copy of the model in eval mode is returned, whose `forward` casts images to `dtype` as well.
+    copy of the model in eval mode is returned, whose `forward` casts images to `dtype` as well. On a processor without
+    instructions for bf16 the fast form computes in fp32 and gives bf16, and a warning says so.
 
     Args:
         model: The model, in eval mode; it stays as it is, and changes to it later do not reach the new one.
@@ -73,7 +74,12 @@ def optimize_for_inference(model: SplitMixer, *, dtype: Optional[torch.dtype] = 
         raise ValueError('model must be in eval mode, got one in train mode: call model.eval() first.')
     dtype = dtype or next(model.parameters()).dtype
     try:
-        return _build(model, dtype)
+        fused = _build(model, dtype)
+        if fused.compute_dtype != dtype:
+            warnings.warn(
+                f'This processor does not compute in {dtype}: the optimized model computes in {fused.compute_dtype} '
+                f'and gives features and logits in {dtype}.', stacklevel=2)
+        return fused
     except Unsupported as e:
         warnings.warn(f'optimize_for_inference has no faster form for {e}: the model is copied as it is.', stacklevel=2)
     fallback = copy.deepcopy(model).to(dtype).requires_grad_(False)

@@ -6,6 +6,7 @@ import timm
 import torch
 
 import splitmixer_timm  # noqa: F401, registers the models
+from splitmixer_timm.machine import has_bfloat16
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA_DIR = Path(os.environ.get('SPLITMIXER_DATA', ROOT.parent / 'shared' / 'data'))
@@ -13,6 +14,10 @@ DATA_DIR = Path(os.environ.get('SPLITMIXER_DATA', ROOT.parent / 'shared' / 'data
 KINDS = ('i', 'ii', 'iii', 'iv', 'v', '3d', 'full')
 SPLITMIXERS = timm.list_models(module='splitmixer')
 BASELINES = ['convmixer_256_8', 'convmixer_256_8_ks7_p7']
+
+# what takes minutes where every product in bf16 is computed one by one
+BF16 = pytest.param(
+    'bf16', marks=pytest.mark.skipif(not has_bfloat16(), reason='needs a processor that computes in bf16'))
 
 
 @pytest.fixture(autouse=True)

@@ -133,6 +133,26 @@ class TestSameOutputs:
         assert fused(images).dtype == torch.bfloat16
         assert difference(fused, model, images) < 0.05
 
+    def test_processor_without_bfloat16(self, images, monkeypatch):
+        """ Computed in fp32, as fast as that is; what goes in and comes out is as asked for."""
+        monkeypatch.setattr(fused_cpu, 'has_bfloat16', lambda: False)
+        model = build()
+        with pytest.warns(UserWarning, match='does not compute in torch.bfloat16') as caught:
+            fused = optimize_for_inference(model, dtype=torch.bfloat16)
+        assert len(caught) == 1
+        assert caught[0].filename == __file__
+        assert isinstance(fused, FusedSplitMixer)
+        assert {buffer.dtype for part in (fused.stem, fused.blocks) for buffer in part.buffers()} == {torch.float32}
+        features = fused.forward_features(images.bfloat16())
+        assert features.dtype == fused(images).dtype == fused.head.weight.dtype == torch.bfloat16
+        assert torch.equal(fused.forward_head(fused.forward_features(images)), fused(images))
+        expected = optimize_for_inference(model).forward_features(images)
+        assert torch.equal(fused.forward_features(images), expected.bfloat16())
+        assert torch.equal(fused.to(torch.bfloat16).forward_features(images), expected.bfloat16())
+        assert torch.equal(copy.deepcopy(fused)(images), fused(images))
+        monkeypatch.setattr(fused_cpu, 'PIECE_BYTES', 1)  # an image at a time
+        assert torch.equal(fused.forward_features(images), expected.bfloat16())
+
     def test_norm_without_affine(self, images):
         model = randomize(SplitMixer(24, 2, norm_layer=lambda dim, **dd: nn.BatchNorm2d(dim, affine=False, **dd)))
         fused = optimize_for_inference(model)

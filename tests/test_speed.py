@@ -7,8 +7,10 @@ from importlib.util import find_spec
 import pytest
 import timm
 import torch
-from conftest import ROOT
+from conftest import BF16, ROOT
 from reference import plain_model, randomize
+
+from splitmixer_timm.machine import has_bfloat16
 
 sys.path.insert(0, str(ROOT / 'benchmarks'))
 import report  # noqa: E402
@@ -88,7 +90,7 @@ def test_plain_model_with_arguments():
         plain_model(timm.create_model('splitmixer_i_256_8', depth=1, channel_residual=True))
 
 
-@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+@pytest.mark.parametrize('precision', ['fp32', BF16])
 @pytest.mark.parametrize('kind', ['i', 'ii', 'iii', 'iv'])
 def test_training_takes_no_more_memory(kind, precision):
     """ Than the plain network, but for the copies of the images and of small weights."""
@@ -109,11 +111,15 @@ def test_training_takes_no_more_memory(kind, precision):
 
 
 @pytest.mark.export
-def test_inference(results, monkeypatch):
+@pytest.mark.parametrize('has_bfloat16', [True, False])
+def test_inference(results, monkeypatch, capsys, has_bfloat16):
+    monkeypatch.setattr(speed, 'has_bfloat16', lambda: has_bfloat16)
     status, rows = results('--models', 'splitmixer_i_256_8', '--tasks', 'infer')
     assert status == 0
+    assert ('no instructions for bf16' in capsys.readouterr().err) != has_bfloat16
     onnx = find_spec('onnxscript') and find_spec('onnxruntime')
-    absent = ('plain bf16', *(('OpenVINO', 'OpenVINO bf16') if onnx else OTHERS))
+    absent = ['plain bf16', *(('OpenVINO', 'OpenVINO bf16') if onnx else OTHERS)]
+    absent += [] if has_bfloat16 else ['optimized bf16']
     forms = [form for form in speed.INFERENCE if form not in absent]
     assert [(row['batch_size'], row['form']) for row in rows] == [(size, form) for size in '21' for form in forms]
     for row in rows:
@@ -123,23 +129,24 @@ def test_inference(results, monkeypatch):
     text = report.forms_tables()
     assert 'inference, fp32 but where said otherwise, batch 2, memory returned' in text
     assert text.count('| `splitmixer_i_256_8` |') == 2
-    assert 'optimized bf16' in text
+    assert ('optimized bf16' in text) == has_bfloat16
 
 
 @pytest.mark.skipif(not find_spec('onnxscript') or not find_spec('openvino'), reason='needs onnxscript and openvino')
 def test_openvino():
-    """ Both precisions compute the model, in a process of their own (see `results`)."""
+    """ The precisions that the processor has compute the model, in a process of their own (see `results`)."""
     code = (
         'import timm, torch, speed; torch.manual_seed(0); '
         'model, x = timm.create_model("splitmixer_i_256_8").eval(), torch.randn(2, 3, 32, 32); '
         'forms = dict(speed.inference_forms(model, x)); expected = forms["plain"]()(x).detach(); '
         'print(*[((forms[name]()(x) - expected).abs().max() / expected.abs().max()).item() '
-        'for name in ("OpenVINO", "OpenVINO bf16")])')
+        'for name in ("OpenVINO", "OpenVINO bf16") if name in forms])')
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT / 'benchmarks', capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    fp32, bf16 = map(float, done.stdout.split())
+    fp32, *bf16 = map(float, done.stdout.split())
     assert 0 < fp32 < 1e-4
-    assert fp32 < bf16 < 0.05
+    assert len(bf16) == has_bfloat16()
+    assert all(fp32 < difference < 0.05 for difference in bf16)
 
 
 def test_memory(results, monkeypatch):
@@ -152,7 +159,7 @@ def test_memory(results, monkeypatch):
     assert [row['memory'] for row in rows] == ['returned'] * len(rows[::2]) + ['kept'] * len(rows[::2])
     table = [line.split('|')[1:-1] for line in report.gains_tables().splitlines() if line.startswith('|')]
     assert table[0][0].strip().endswith('batch 2, memory returned / kept')
-    forms = ['plain (img/s)', 'created', 'compiled', 'optimized', 'optimized bf16']
+    forms = ['plain (img/s)', 'created', 'compiled', 'optimized', *(['optimized bf16'] if has_bfloat16() else [])]
     assert [cell.strip() for cell in table[0][1:]] == forms
     by_key = {(row['memory'], row['form']): float(row['seconds']) for row in rows if row['batch_size'] == '2'}
     expected = ' / '.join(
@@ -176,13 +183,15 @@ def test_batches_have_tables_of_their_own(results, monkeypatch):
     assert [header.split('|')[1].split()[-3] for header in headers] == ['2,', '3,']
 
 
-def test_training(results):
+@pytest.mark.parametrize('other', ['fp32', BF16])
+def test_training(results, monkeypatch, other):
+    monkeypatch.setattr(speed, 'has_bfloat16', lambda: other == 'bf16')
     status, rows = results('--models', 'splitmixer_ii_256_8', 'convmixer_256_8', '--tasks', 'train')
     assert status == 0
     forms = [('splitmixer_ii_256_8', form) for form in speed.TRAINING if form != 'fused'] + [
         ('convmixer_256_8', form) for form in ('plain', 'compiled')]
     assert [(row['model'], row['form']) for row in rows if row['precision'] == 'fp32'] == forms
-    assert {row['precision'] for row in rows} == {'fp32', 'bf16'}
+    assert {row['precision'] for row in rows} == {'fp32', other}
     assert all(float(row['peak_memory_mib']) > 1 for row in rows)
     assert 'of its memory' in report.forms_tables()
     assert report.gains_tables() == report.NOTHING
@@ -207,7 +216,7 @@ def test_a_form_that_fails_is_recorded(results, monkeypatch):
     status, rows = results('--models', 'splitmixer_i_256_8', '--tasks', 'infer')
     assert status == 1
     failed = [row for row in rows if row['error']]
-    assert {row['form'] for row in failed} == {'optimized', 'optimized bf16'}
+    assert {row['form'] for row in failed} == {'optimized', *(['optimized bf16'] if has_bfloat16() else [])}
     assert failed[0]['error'] == 'RuntimeError: no such form'
     assert 'failed' in report.forms_tables()
 
