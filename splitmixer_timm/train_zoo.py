@@ -4,8 +4,8 @@
 
 Without names it trains all of the queue file (`weights/queue.yaml`), which says for each 'arch.tag' the recipe, what
 differs from it (`args`) and the seeds, the first of which is published. `DATA/cifar10` and so on hold `train/CLASS` and
-`validation/CLASS`. The same command again resumes what was cut off and trains nothing twice. Needs the `bench`
-extra.
+`validation/CLASS`. The same command again resumes what was cut off and trains nothing twice. Mixed precision is fp16 on
+a GPU, bf16 on a CPU that has it, none on others, but where the queue says otherwise. Needs the `bench` extra.
 """
 import argparse
 import hashlib
@@ -30,7 +30,7 @@ from tqdm import tqdm
 from . import manifest
 from .add_run import ELAPSED, add_runs, measuring, planned_epochs, read_weights, timm_version, weights_content
 from .cli import RECIPES_DIR
-from .machine import device_name
+from .machine import device_name, has_bfloat16
 from .run import environment
 from .runs import (
     FIRST_ARGS,
@@ -50,6 +50,8 @@ except ImportError:  # Windows
 KEYS = {'recipe', 'args', 'seeds'}
 POLL_SECONDS = 2.
 REPORT_SECONDS = 60.  # where there is no terminal for a progress bar
+# else glibc returns large tensors to the system and fetches them anew, page by page, at each step on a CPU
+KEEP_MEMORY = {'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': str(sys.maxsize)}
 LOCK_SECONDS = 10.  # data loaders outlive by that much a train.py that was killed
 
 
@@ -137,7 +139,15 @@ def _read_model(path: Path, name: str, item: Any, output: Path, train_args: Dict
             **args,
         }
         runs.append(Run(name, output / f'{name}-{seed}', config))
-    return Model(name, dataset, '; '.join([item['recipe'], *(f'{k} {v}' for k, v in args.items())]), runs)
+    recipe = [item['recipe'], *(f'{key} {value}' for key, value in args.items() if key not in ('amp', 'amp_dtype'))]
+    return Model(name, dataset, '; '.join(recipe), runs)
+
+
+def mixed_precision(device: str) -> Dict[str, Any]:
+    """ Arguments of train.py for the mixed precision that is fast on a device, where it is not train.py's own, fp16."""
+    if not device.startswith('cpu'):
+        return {}
+    return {'amp_dtype': 'bfloat16'} if has_bfloat16() else {'amp': False}
 
 
 def last_checkpoint(folder: Path) -> Optional[Path]:
@@ -260,10 +270,11 @@ def start(run: Run, scripts: Path, machine: str, runs: int) -> subprocess.Popen:
         note_machine(run.folder, machine, runs, str(torch.__version__), timm_version(scripts))
         manifest.replace_file(run.folder / 'config.yaml', yaml.safe_dump(config).encode())
         with open(run.folder / 'train.log', 'ab') as log:
+            allocator = KEEP_MEMORY if config['device'].startswith('cpu') else {}
             return subprocess.Popen(
                 [sys.executable, str(scripts / 'train.py'), '--config', str(run.folder / 'config.yaml')],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment(),
-                pass_fds=[held.fileno()] if held else ())
+                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                env={**allocator, **environment()}, pass_fds=[held.fileno()] if held else ())
     finally:
         if held:
             held.close()  # it is train.py's now
@@ -286,8 +297,14 @@ def add(model: Model, scripts: Path, data_dir: Path, device: str) -> Optional[Di
         check_args(run)
     if is_added(model):
         return None
+    trained = read_args(model.runs[0].folder)
+    recipe = model.recipe
+    if not trained.get('amp'):
+        recipe += '; amp False'
+    elif trained.get('amp_dtype', 'float16') != 'float16':
+        recipe += f'; amp_dtype {trained["amp_dtype"]}'
     return add_runs(
-        model.name, [run.folder for run in model.runs], model.dataset, data_dir / model.dataset, scripts, model.recipe,
+        model.name, [run.folder for run in model.runs], model.dataset, data_dir / model.dataset, scripts, recipe,
         device=device)
 
 
@@ -408,7 +425,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         models = read_queue(
             args.queue, args.names, args.output.resolve(), data_dir=args.data_dir.resolve(), device=args.device,
-            workers=args.workers)
+            workers=args.workers, **mixed_precision(args.device))
     except ValueError as e:
         parser.error(str(e))
     for dataset in {model.dataset for model in models}:

@@ -17,13 +17,13 @@ from conftest import DATA_DIR, ROOT
 from timm.models import is_model
 
 from splitmixer_timm import add_run, cli, manifest, runs, train_zoo
-from splitmixer_timm.machine import device_name
+from splitmixer_timm.machine import device_name, has_bfloat16
 from splitmixer_timm.run import environment
 
 SCRIPTS = os.environ.get('SPLITMIXER_TIMM_SCRIPTS')
 # trains nothing: its files are those that train.py leaves, and it fails, hangs or waits where a file asks for it
 TRAIN = """
-import argparse, pathlib, shutil, sys, time, yaml
+import argparse, os, pathlib, shutil, sys, time, yaml
 parser = argparse.ArgumentParser()
 parser.add_argument('--config', type=pathlib.Path)
 config = yaml.safe_load(parser.parse_args().config.read_text())
@@ -38,6 +38,7 @@ with open(ask / 'started', 'a') as f:
     print(config['experiment'], config['lr'], first, file=f)
 with open(ask / 'seeds', 'a') as f:
     print(config['seed'], file=f)
+(ask / 'allocator').write_text(os.environ.get('MALLOC_MMAP_MAX_', 'as it is'))
 while (ask / 'wait-for-three').exists() and len((ask / 'started').read_text().splitlines()) < 3:
     time.sleep(0.02)
 last = config['epochs'] + config['warmup_epochs'] - 1
@@ -134,7 +135,9 @@ def test_trains_and_adds(zoo, monkeypatch):
     assert entries[NAME]['metrics']['seeds'] == {'1': 90.5, '2': 90.5}
     assert 'seeds' not in entries[OTHER]['metrics']
     assert entries[OTHER]['dataset'] == 'cifar100'
-    assert entries[OTHER]['training']['recipe'] == 'cifar100; epochs 2; warmup_epochs 1; lr_cycle_limit 1; lr 0.01'
+    precision = 'amp_dtype bfloat16' if has_bfloat16() else 'amp False'
+    assert entries[OTHER]['training']['recipe'] == (
+        f'cifar100; epochs 2; warmup_epochs 1; lr_cycle_limit 1; lr 0.01; {precision}')
     args = yaml.safe_load((manifest.WEIGHTS_DIR / entries[OTHER]['training']['args']).read_text())
     assert args['model'] == 'splitmixer_iv_256_8.cifar100'
     assert args['data_dir'] == '<DATA_DIR>'
@@ -206,6 +209,52 @@ def test_gone_on_with_where_nothing_was_kept(zoo, kept):
     assert zoo.run(OTHER) == 0
     machines = [part['machine'] for part in yaml.safe_load((folder / runs.MADE_ON).read_text())]
     assert machines == [*(['an unknown machine'] if kept is None else []), device_name('cpu')]
+
+
+@pytest.mark.usefixtures('validated')
+@pytest.mark.parametrize(('with_bfloat16', 'queued', 'expected', 'said'), [
+    (True, {}, (True, 'bfloat16'), '; amp_dtype bfloat16'),
+    (False, {}, (False, None), '; amp False'),
+    (False, dict(amp=True, amp_dtype='bfloat16'), (True, 'bfloat16'), '; amp_dtype bfloat16'),
+    (True, dict(amp=True, amp_dtype='float16'), (True, 'float16'), ''),
+])
+def test_mixed_precision_on_a_cpu(zoo, monkeypatch, with_bfloat16, queued, expected, said):
+    """ As it has it, but where the queue says otherwise; the entry says what differs from the recipe's fp16."""
+    monkeypatch.setattr(train_zoo, 'has_bfloat16', lambda: with_bfloat16)
+    args = {**QUEUE[OTHER]['args'], **queued}
+    (zoo.path / 'queue.yaml').write_text(yaml.safe_dump({OTHER: {**QUEUE[OTHER], 'args': args}}, sort_keys=False))
+    assert zoo.run() == 0
+    training = zoo.entries()[OTHER]['training']
+    args = yaml.safe_load((manifest.WEIGHTS_DIR / training['args']).read_text())
+    assert (args['amp'], args.get('amp_dtype')) == expected
+    assert training['recipe'] == f'cifar100; epochs 2; warmup_epochs 1; lr_cycle_limit 1; lr 0.01{said}'
+
+
+@pytest.mark.usefixtures('validated')
+def test_mixed_precision_is_the_devices(zoo, monkeypatch):
+    """ A GPU's is as the recipe says; its run is added on a CPU as what it is, and can be gone on with there."""
+    monkeypatch.setattr(train_zoo, 'has_bfloat16', lambda: False)
+    monkeypatch.setattr(train_zoo, 'device_name', lambda device: 'Great GPU')
+    assert zoo.run(OTHER, '--device', 'cuda') == 0
+    assert zoo.entries()[OTHER]['training']['recipe'].endswith('; lr 0.01')
+    shutil.copy(zoo.path / 'checkpoint-1', zoo.path / 'runs' / f'{OTHER}-42' / 'last.pth.tar')
+    assert zoo.run(OTHER) == 0
+    assert len(zoo.started()) == 2
+
+
+@pytest.mark.usefixtures('validated')
+@pytest.mark.parametrize('users', [None, '7'])
+def test_memory_is_kept_on_a_cpu(zoo, monkeypatch, users):
+    """ But where the user has set glibc's allocator otherwise, and not for a GPU."""
+    monkeypatch.delenv('MALLOC_MMAP_MAX_', raising=False)
+    if users:
+        monkeypatch.setenv('MALLOC_MMAP_MAX_', users)
+    assert zoo.run(OTHER) == 0
+    assert (zoo.path / 'allocator').read_text() == (users or '0')
+    shutil.rmtree(zoo.path / 'runs')
+    monkeypatch.setattr(train_zoo, 'device_name', lambda device: 'Great GPU')
+    assert zoo.run(OTHER, '--device', 'cuda') == 0
+    assert (zoo.path / 'allocator').read_text() == (users or 'as it is')
 
 
 def test_the_package_is_found():
