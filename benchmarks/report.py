@@ -16,7 +16,7 @@ from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import timm
 from roofline import FORWARD, FUSED, RooflineResults
@@ -70,36 +70,40 @@ def models_table() -> str:
         for row in complexity('variants')])
 
 
-def speed_table() -> str:
-    """ Throughput of the paper's base models, the paper's own and each device's in the paper's setting."""
-    devices = [rows for _, rows in throughput() if reports.is_papers(rows) and reports.measured(rows, 'steady')]
-    header = ['model', 'parameters', "paper's V100", 'ratio']
-    columns, alike = [], {}
+def speed_tables() -> str:
+    """ Throughput of the paper's base models: each device's in the paper's setting beside the paper's own."""
+    alike = {}
     for _, rows in throughput():
         # the paper's setting but for the memory format
         same = [{**rows[0], 'memory_format': Settings().columns()['memory_format']}]
         if rows[0]['memory_format'] == 'channels_last' and reports.is_papers(same):
             alike[rows[0]['device']] = reports.measured(rows, 'steady')
-    for rows in devices:
-        device = rows[0]['device']
-        header += [device, 'spread', 'ratio'] + (['ratio, all in channels_last'] if device in alike else [])
-        columns.append((reports.measured(rows, 'steady'), alike.get(device)))
+    parts = []
+    for _, rows in throughput():
+        if reports.is_papers(rows) and reports.measured(rows, 'steady'):
+            parts += [speed_table(rows, alike.get(rows[0]['device'])), f'{reports.source(rows)}.']
+    return '\n\n'.join(parts) or 'None of ours is measured yet.'
+
+
+def speed_table(rows: List[Dict[str, str]], alike: Optional[Dict[Tuple[str, str], Dict[str, str]]]) -> str:
+    """ Of one device; `alike` are its results with all models in channels_last."""
     params = {(row['model'], row['arguments']): row['params'] for row in complexity('sweep')}
+    results = reports.measured(rows, 'steady')
+    header = ['model', 'parameters', "paper's V100", 'ratio', rows[0]['device'], 'spread', 'ratio']
+    header += [] if alike is None else ['ratio, all in channels_last']
     lines = []
     for row, (name, v100) in TABLE3.items():
         if row[1]:
             continue
         line = [name, f'{int(params[row]):,}', reports.number(v100), f'{v100 / TABLE3[BASELINE][1]:.2f}']
-        for results, same_format in columns:
-            line += ['-', '-'] if row not in results else [
-                reports.number(results[row]['img_per_s']), f'{reports.spread(results[row]):.1%}']
-            for own in (results, same_format):
-                if own is not None:
-                    value = reports.ratio(own, row) if row in own else None
-                    line.append(f'{value:.2f}' if value else '-')
+        line += ['-', '-'] if row not in results else [
+            reports.number(results[row]['img_per_s']), f'{reports.spread(results[row]):.1%}']
+        for own in (results, alike):
+            if own is not None:
+                value = reports.ratio(own, row) if row in own else None
+                line.append(f'{value:.2f}' if value else '-')
         lines.append(line)
-    sources = [f'{reports.source(rows)}.' for rows in devices] or ['None of ours is measured yet.']
-    return '\n\n'.join([table(header, lines), *sources])
+    return table(header, lines)
 
 
 def throughput_tables() -> str:
@@ -369,7 +373,7 @@ TABLES: Dict[str, Callable[[], str]] = {
     'models': models_table,
     'weights': weights_table,
     'training': training_table,
-    'speed': speed_table,
+    'speed': speed_tables,
     'forms': forms_tables,
     'gains': gains_tables,
     'throughput': throughput_tables,
