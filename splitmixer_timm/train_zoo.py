@@ -130,6 +130,8 @@ def _read_model(path: Path, name: str, item: Any, output: Path, train_args: Dict
                 '1.0e-3')
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
         raise ValueError(f'seeds of {name} in {path} must be a list of integers, got {seeds!r}')
+    if 'amp_dtype' in args:
+        args = {'amp': True, **args}  # asked for, whatever the device's own would be
     dataset = base['model'].partition('.')[2]
     runs = []
     for seed in seeds:

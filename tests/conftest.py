@@ -11,6 +11,12 @@ from splitmixer_timm.machine import has_bfloat16
 ROOT = Path(__file__).resolve().parents[1]
 DATA_DIR = Path(os.environ.get('SPLITMIXER_DATA', ROOT.parent / 'shared' / 'data'))
 
+workers = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1))
+if workers > 1:
+    # the processes share the cores, those that tests start as well: threads that wait for a core hold up all others
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    os.environ['OMP_NUM_THREADS'] = str(torch.get_num_threads())
+
 KINDS = ('i', 'ii', 'iii', 'iv', 'v', '3d', 'full')
 SPLITMIXERS = timm.list_models(module='splitmixer')
 BASELINES = ['convmixer_256_8', 'convmixer_256_8_ks7_p7']

