@@ -503,7 +503,7 @@ def test_with_timms_scripts(zoo, tmp_path):
     subprocess.run(
         [sys.executable, DATA_DIR / 'unpack.py', 'cifar10', data / 'cifar10', '--per-class', '8'], check=True)
     queue = {NAME: dict(recipe='cifar10', args=dict(
-        epochs=1, warmup_epochs=1, lr_cycle_limit=1, batch_size=40, amp_dtype='bfloat16', lr=0.001))}
+        epochs=1, warmup_epochs=1, lr_cycle_limit=1, batch_size=40, lr=0.001))}
     (tmp_path / 'queue.yaml').write_text(yaml.safe_dump(queue))
     command = [*zoo.command, '--scripts', SCRIPTS, '--data-dir', str(data)]
     assert train_zoo.main(command) == 0
@@ -511,4 +511,5 @@ def test_with_timms_scripts(zoo, tmp_path):
     assert entry['metrics']['images'] == 80
     assert 0 <= entry['metrics']['top1'] <= 100
     assert entry['training']['epochs'] == 2
+    assert entry['training']['recipe'].endswith('amp_dtype bfloat16' if has_bfloat16() else 'amp False')
     assert cli.RECIPES_DIR.name not in entry['training']['args']
