@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from splitmixer_timm import SplitMixer, benchmark, fused, fused_cpu, optimize_for_inference, splitmixer
 from splitmixer_timm.benchmark import SETTING, VERSIONS, Results, Row, Settings, Subject, make_images, seconds
+from splitmixer_timm.cli import positive
 
 KINDS = {
     'activation': ('gelu', 'gelu_', 'relu', 'relu_', 'silu', 'silu_', 'hardswish', 'hardswish_', 'hardtanh'),
@@ -255,15 +256,12 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument('--device', help='cuda, cuda:N, mps or cpu (default: the first of these that is there)')
     parser.add_argument('--precision', choices=('fp32', 'tf32', 'fp16', 'bf16'), default='fp32')
     parser.add_argument('--memory-format', choices=('contiguous', 'channels_last'), default='contiguous')
-    parser.add_argument('--batch-size', type=int, default=64)
-    parser.add_argument('--img-size', type=int, default=224)
-    parser.add_argument('--passes', type=int, help='forwards recorded, the median counts (default: 10, on a CPU 2)')
+    parser.add_argument('--batch-size', type=positive, default=64)
+    parser.add_argument('--img-size', type=positive, default=224)
+    parser.add_argument(
+        '--passes', type=positive, help='forwards recorded, the median counts (default: 10, on a CPU 2)')
     parser.add_argument('--results', type=Path, default=benchmark.RESULTS_DIR, metavar='DIR')
     args = parser.parse_args(argv)
-    for name in ('batch_size', 'img_size', 'passes'):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f'--{name.replace("_", "-")} must be at least 1, got {value}')
     try:
         device = benchmark.check_device(args.device or benchmark.default_device())
         settings = Settings(

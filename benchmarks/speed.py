@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from splitmixer_timm import SplitMixer, benchmark, fuse_for_training, optimize_for_inference
 from splitmixer_timm.benchmark import VERSIONS, Results, Settings, build_model, make_images, seconds
+from splitmixer_timm.cli import positive
 from splitmixer_timm.machine import has_bfloat16
 
 MODELS = [f'{name}_256_8_ks7_p7' for name in (
@@ -222,16 +223,14 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument('--models', nargs='+', default=MODELS, metavar='MODEL', help='default: I to IV and ConvMixer')
     parser.add_argument('--tasks', nargs='+', choices=('infer', 'train'), default=['infer', 'train'])
     parser.add_argument('--device', help='cuda, cuda:N, mps or cpu (default: the first of these that is there)')
-    parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='on a CPU (default: %(default)s)')
+    parser.add_argument(
+        '--threads', type=positive, default=torch.get_num_threads(), help='on a CPU (default: %(default)s)')
     parser.add_argument(
         '--memory', nargs='+', choices=('returned', 'kept'), default=['returned'], help='on a CPU (default: returned)')
-    parser.add_argument('--batch-size', type=int, default=8, metavar='N', help='beside 1 (default: %(default)s)')
-    parser.add_argument('--turns', type=int, default=15, metavar='N', help='default: %(default)s')
+    parser.add_argument('--batch-size', type=positive, default=8, metavar='N', help='beside 1 (default: %(default)s)')
+    parser.add_argument('--turns', type=positive, default=15, metavar='N', help='default: %(default)s')
     parser.add_argument('--results', type=Path, default=benchmark.RESULTS_DIR, metavar='DIR')
     args = parser.parse_args(argv)
-    for name in ('threads', 'batch_size', 'turns'):
-        if getattr(args, name) < 1:
-            parser.error(f'--{name.replace("_", "-")} must be at least 1, got {getattr(args, name)}')
     try:
         device = benchmark.check_device(args.device or benchmark.default_device())
         models = [name for name, _ in benchmark.check_models(args.models)]
@@ -267,12 +266,15 @@ def main(argv: Optional[List[str]] = None) -> int:
                 rows = pool.submit(measure, name, task, memory, str(device), args.turns, args.threads).result()
             except Exception as e:  # an error of the GPU's takes the whole process with it
                 rows = [dict(form='plain', error=benchmark.describe_error(e))]
+        setting = dict(
+            common, model=name, mode=task.mode, precision=task.precision, batch_size=str(task.batch_size),
+            img_size=str(get_pretrained_cfg(name).input_size[-1]), memory=memory)
+        # forms that are not there any more: rows are compared with the plain one of their own run
+        key = tuple(setting[column] for column in results.key[:-1])
+        results.rows = {old: row for old, row in results.rows.items() if old[:-1] != key}
         for row in rows:
             failures += 'error' in row
-            results.put({
-                **dict.fromkeys(results.columns, ''), **common, 'model': name, 'mode': task.mode,
-                'precision': task.precision, 'batch_size': str(task.batch_size), 'memory': memory,
-                'img_size': str(get_pretrained_cfg(name).input_size[-1]), **row})
+            results.put({**dict.fromkeys(results.columns, ''), **setting, **row})
             print(name, *vars(task).values(), row['form'], row.get('error') or f'{float(row["seconds"]) * 1e3:.2f} ms')
     print(results.path)
     return 1 if failures else 0

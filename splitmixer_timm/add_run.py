@@ -17,12 +17,13 @@ import datetime
 import hashlib
 import io
 import json
+import re
 import runpy
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import timm
 import torch
@@ -34,6 +35,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import natural_key
 
 from . import manifest
+from .cli import ARCHITECTURES, positive
 from .machine import device_name
 from .run import environment
 from .runs import (
@@ -51,6 +53,18 @@ from .runs import (
 ELAPSED = 'elapsed.txt'  # seconds of each part of a run that was cut off and resumed, a line each
 measuring: List[subprocess.Popen] = []  # validate.py, while it is at work
 BUFFERS = ('running_mean', 'running_var', 'num_batches_tracked')
+
+
+def checked_name(name: str) -> Tuple[str, str]:
+    """ Architecture and tag of 'arch.tag'.
+
+    Raises:
+        ValueError: If it is not that, of a model of this package.
+    """
+    arch, _, tag = name.partition('.')
+    if arch not in ARCHITECTURES or not re.fullmatch('[A-Za-z0-9_]+', tag):
+        raise ValueError(f"name must be 'arch.tag', of a model of this package, got {name!r}")
+    return arch, tag
 
 
 def planned_epochs(run_args: Dict[str, Any]) -> int:
@@ -84,7 +98,7 @@ def made_on(run_dir: Path, device: str, scripts: Path) -> Dict[str, str]:
     if not file.is_file():
         try:
             return dict(machine=device_name(device), torch=torch.__version__, timm=timm_version(scripts))
-        except (AssertionError, RuntimeError) as e:  # torch without CUDA, or no GPU
+        except (AssertionError, RuntimeError, ValueError) as e:  # torch without CUDA, or no GPU
             raise ValueError(
                 f'{run_dir} was trained on {device}, which is not here: add it on the machine that trained it') from e
     parts = yaml.safe_load(file.read_text(encoding='utf-8'))
@@ -211,12 +225,16 @@ def add_runs(
         The manifest entry.
 
     Raises:
-        ValueError: If a run is not finished, is of another architecture, differs from the others in more than the seed,
-            ended in weights that are not finite, or was made on what nothing tells of; or if class folders are labels
-            in another order.
+        ValueError: If the name, the data set or a folder is not what it must be; if a run is not finished, is of
+            another architecture, differs from the others in more than the seed, ended in weights that are not finite,
+            or was made on what nothing tells of; or if class folders are labels in another order.
         subprocess.CalledProcessError: If validate.py failed.
     """
-    arch = name.partition('.')[0]
+    arch, _ = checked_name(name)
+    if not (scripts / 'validate.py').is_file():
+        raise ValueError(f'scripts must be a folder with validate.py, {scripts} has none')
+    if not count_images(data_dir / split):
+        raise ValueError(f'data_dir must have image folders {split}, {data_dir} has no images there')
     all_args = [_checked_run(run_dir, arch) for run_dir in run_dirs]
     run_dir, run_args = run_dirs[0], all_args[0]
     for other_dir, other_args in zip(run_dirs, all_args):
@@ -306,12 +324,14 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument('--scripts', type=Path, required=True, help="folder with timm's validate.py")
     parser.add_argument('--recipe', required=True, help='one line that says how it was trained')
     parser.add_argument('--device', default='cpu', help='device to measure on (default: %(default)s)')
-    parser.add_argument('--batch-size', type=int, default=200, help='to measure with (default: %(default)s)')
+    parser.add_argument('--batch-size', type=positive, default=200, help='to measure with (default: %(default)s)')
     args = parser.parse_args(argv)
     try:
         entry = add_runs(**vars(args))
     except ValueError as e:
         parser.error(str(e))
+    except subprocess.CalledProcessError as e:
+        parser.exit(1, f'{parser.prog}: validate.py failed with exit status {e.returncode}; nothing was added\n')
     print(f'{args.name}: top-1 {entry["metrics"]["top1"]:.2f} %, {entry["bytes"]:,} bytes')
 
 

@@ -38,7 +38,7 @@ from torch._dynamo import config as dynamo_config
 from tqdm import tqdm
 
 from . import __version__
-from .machine import device_name
+from .machine import check_device, device_name
 from .manifest import replace_file
 from .paper import TABLE3
 
@@ -107,27 +107,6 @@ def default_device() -> str:
     return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
 
 
-def check_device(name: str) -> torch.device:
-    """ Device of that name.
-
-    Raises:
-        ValueError: If there is none, or it is of no kind that can be measured.
-    """
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ('cuda', 'cpu', 'mps'):
-        raise ValueError(f"device must be 'cuda', 'cuda:N', 'cpu' or 'mps', got {name!r}")
-    if device.type == 'cuda' and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} asked for, but this machine or this torch has no CUDA; 'cpu' works anywhere")
-    if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f'device {name!r} asked for, but there are {torch.cuda.device_count()} CUDA devices')
-    if device.type == 'mps' and not torch.backends.mps.is_available():
-        raise ValueError(f"device {name!r} asked for, but this machine or this torch has no MPS; 'cpu' works anywhere")
-    return device
-
-
 def check_settings(settings: Settings) -> None:
     """ Check settings for what cannot be measured, or is not the protocol that it is called.
 
@@ -182,10 +161,12 @@ def commit() -> str:
     git = ['git', '-C', str(CHECKOUT)]
     try:
         done = subprocess.run([*git, 'rev-parse', '--short=12', 'HEAD'], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, 'diff', '--quiet', 'HEAD', '--', 'splitmixer_timm'], capture_output=True)
+        changed = subprocess.run(
+            [*git, 'status', '--porcelain', '--', 'splitmixer_timm', 'benchmarks/*.py'],
+            capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return ''
-    return done.stdout.strip() + ('+changes' if changed.returncode else '')
+    return done.stdout.strip() + ('+changes' if changed.stdout else '')
 
 
 def gpu_state(device: torch.device) -> Dict[str, str]:

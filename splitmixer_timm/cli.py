@@ -194,16 +194,20 @@ def _release(args: argparse.Namespace):
     from . import hub
 
     path = Path(args.model)
-    labels = args.label_names.read_text(encoding='utf-8').splitlines() if args.label_names else None
+    try:
+        labels = args.label_names.read_text(encoding='utf-8').splitlines() if args.label_names else None
+    except (OSError, UnicodeDecodeError) as e:
+        reason = getattr(e, 'strerror', None) or e
+        raise CommandError(f'--label-names: {args.label_names} cannot be read: {reason}') from e
     if args.model not in manifest.entries() and path.exists():
         if (path / hub.CONFIG).is_file():
-            return hub.folder_release(path, args.dataset, labels)
-        return hub.run_release(path, args.dataset, labels)
+            return hub.folder_release(path, args.dataset, labels, args.license)
+        return hub.run_release(path, args.dataset, labels, args.license)
     if args.dataset or args.label_names:
         raise CommandError('--dataset and --label-names are for a run or a folder; a model of the zoo has its own')
     if len(path.parts) > 1:
         raise CommandError(f'no such file or folder: {path}')
-    return hub.zoo_release(args.model)
+    return hub.zoo_release(args.model, args.license)
 
 
 def _push(args: argparse.Namespace) -> int:
@@ -219,12 +223,14 @@ def _push(args: argparse.Namespace) -> int:
         if args.all and getattr(args, option) is not None:
             raise CommandError(f'--{option.replace("_", "-")} is for one model, not for --all')
     try:
-        jobs = [(f'{args.org}/{name}', hub.zoo_release(name)) for name in sorted(manifest.entries())] \
+        jobs = [(f'{args.org}/{name}', hub.zoo_release(name, args.license)) for name in sorted(manifest.entries())] \
             if args.all else [(args.repo_id, _release(args))]
         if args.record and (args.create_pr or any(release.name is None for _, release in jobs)):
             raise CommandError('--record is for models of the zoo, and for commits, not pull requests')
         for repo_id, _ in jobs:
             validate_repo_id(repo_id)
+            if '/' not in repo_id:
+                raise CommandError(f'REPO_ID must be USER/NAME, got {repo_id}')
         for repo_id, release in jobs:
             if args.dry_run:
                 print(f'{release.name or args.model} -> {repo_id}')
@@ -297,6 +303,7 @@ def _benchmark(args: argparse.Namespace) -> int:
     from importlib.util import find_spec
 
     from . import benchmark, benchmark_report
+    from .machine import has_precision
 
     axes = {name: getattr(args, name) for name in (
         'precision', 'memory_format', 'compile', 'mode', 'batch_size', 'img_size')}
@@ -321,6 +328,9 @@ def _benchmark(args: argparse.Namespace) -> int:
     except ValueError as e:
         raise CommandError(str(e)) from e
 
+    if device.type == 'cpu' and not has_precision(args.precision):
+        print(f'This processor does not compute in {args.precision}: it takes many times as long as fp32.',
+              file=sys.stderr)
     failures = 0
     try:
         # the paper's first: its processes are to have the GPU to themselves
@@ -344,7 +354,8 @@ def _benchmark(args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """ An integer of at least 1, for argparse."""
     value = int(text) if text.isdecimal() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f'must be an integer of at least 1, got {text!r}')
@@ -372,10 +383,10 @@ def _parser() -> argparse.ArgumentParser:
         'images', metavar='IMAGE', nargs='+',
         help='file, folder (searched for images), or - for standard input: one image, or paths, one a line')
     command.add_argument('--model', default=DEFAULT_MODEL, help='a pretrained model (default: %(default)s)')
-    command.add_argument('--topk', type=_positive, default=3, metavar='K', help='classes shown (default: %(default)s)')
+    command.add_argument('--topk', type=positive, default=3, metavar='K', help='classes shown (default: %(default)s)')
     command.add_argument('--json', action='store_true', help='print JSON')
     command.add_argument('--device', default='cpu', help='device to run on (default: %(default)s)')
-    command.add_argument('--batch-size', type=_positive, default=64, metavar='N', help='default: %(default)s')
+    command.add_argument('--batch-size', type=positive, default=64, metavar='N', help='default: %(default)s')
     command.set_defaults(run=_predict)
 
     command = commands.add_parser('recipe', help="training recipes for timm's train.py --config", description=(
@@ -400,12 +411,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         '--mode', choices=('infer', 'train'), default='infer',
         help='forward (default), or forward, backward and a step of SGD')
-    command.add_argument('--batch-size', type=_positive, default=64, metavar='N', help='default: %(default)s')
-    command.add_argument('--img-size', type=_positive, default=224, metavar='N', help='default: %(default)s')
+    command.add_argument('--batch-size', type=positive, default=64, metavar='N', help='default: %(default)s')
+    command.add_argument('--img-size', type=positive, default=224, metavar='N', help='default: %(default)s')
     command.add_argument(
-        '--batches', type=_positive, metavar='N',
+        '--batches', type=positive, metavar='N',
         help='batches timed, in each repeat (default: 100; steady on a CPU, where one takes seconds: 1)')
-    command.add_argument('--repeats', type=_positive, metavar='N', help='repeats of steady (default: 5, on a CPU 3)')
+    command.add_argument('--repeats', type=positive, metavar='N', help='repeats of steady (default: 5, on a CPU 3)')
     command.add_argument(
         '--results', type=Path, metavar='DIR', help='where results are kept (default: benchmarks/results)')
     command.add_argument('--overwrite', action='store_true', help='measure anew what the results have')
@@ -424,6 +435,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument('--dataset', help='what a run was trained on: cifar10, ..., an id of the Hub, or any name')
     command.add_argument(
         '--label-names', metavar='FILE', type=Path, help="class names, a line each (default: a run's class folders)")
+    command.add_argument(
+        '--license', help="as the Hub names it, such as mit (default: the repository's, or else the model's)")
     command.add_argument('--private', action='store_true', default=None, help='make a new repository a private one')
     command.add_argument('--token', help='token of the Hub (default: the one that is logged in)')
     command.add_argument('--revision', metavar='BRANCH', help='branch, made if it does not exist (default: main)')
@@ -447,6 +460,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument('model', metavar='MODEL', help=source)
     command.add_argument('--dataset', help='what a run was trained on')
     command.add_argument('--label-names', metavar='FILE', type=Path, help='class names of a run, a line each')
+    command.add_argument('--license', help='as the Hub names it')
     command.set_defaults(run=_card)
 
     command = commands.add_parser('verify', help='check the bundled weights against the manifest', description=(
@@ -456,7 +470,7 @@ def _parser() -> argparse.ArgumentParser:
         '--data', metavar='DIR', type=Path,
         help='folder with the official test sets as image folders, DIR/cifar10/validation/CLASS and so on')
     command.add_argument('--device', default='cpu', help='device to measure on (default: %(default)s)')
-    command.add_argument('--batch-size', type=_positive, default=200, metavar='N', help='default: %(default)s')
+    command.add_argument('--batch-size', type=positive, default=200, metavar='N', help='default: %(default)s')
     command.set_defaults(run=_verify)
     return parser
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ['device_name', 'has_bfloat16']
+__all__ = ['check_device', 'device_name', 'has_bfloat16', 'has_precision']
 
 
 def has_bfloat16() -> bool:
@@ -13,12 +13,46 @@ def has_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def has_precision(precision: str) -> bool:
+    """ Whether this processor computes in 'fp32', 'fp16' or 'bf16', as the benchmarks name them."""
+    if precision == 'fp16':
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return precision != 'bf16' or has_bfloat16()
+
+
+def check_device(name: str) -> torch.device:
+    """ Device of that name.
+
+    Raises:
+        ValueError: If there is none, or it is of no kind that can be measured.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ('cuda', 'cpu', 'mps'):
+        raise ValueError(f"device must be 'cuda', 'cuda:N', 'cpu' or 'mps', got {name!r}")
+    if device.type == 'cuda' and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} asked for, but this machine or this torch has no CUDA; 'cpu' works anywhere")
+    if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f'device {name!r} asked for, but there are {torch.cuda.device_count()} CUDA devices')
+    if device.type == 'mps' and not torch.backends.mps.is_available():
+        raise ValueError(f"device {name!r} asked for, but this machine or this torch has no MPS; 'cpu' works anywhere")
+    return device
+
+
 def device_name(device: str) -> str:
-    """ The GPU, or the processor with its instructions, that a device for torch stands for; never the host's name."""
+    """ The GPU, or the processor with its instructions, that a device for torch stands for; never the host's name.
+
+    Raises:
+        ValueError: If it is none of 'cuda', 'cuda:N', 'cpu' and 'mps'.
+    """
     if device.startswith('cuda'):
         return torch.cuda.get_device_name(device)
     if device.startswith('mps'):
         return 'Apple GPU'
+    if torch.device(device).type != 'cpu':
+        raise ValueError(f"device must be 'cuda', 'cuda:N', 'cpu' or 'mps', got {device!r}")
     info = Path('/proc/cpuinfo')
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]

@@ -10,6 +10,7 @@ a GPU, bf16 on a CPU that has it, none on others, but where the queue says other
 import argparse
 import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,17 +21,25 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from time import monotonic, sleep
-from typing import Any, Dict, List, Optional, TextIO
+from typing import Any, Callable, Dict, List, Optional, TextIO
 
 import torch
 import yaml
-from timm.models import is_model
 from tqdm import tqdm
 
 from . import manifest
-from .add_run import ELAPSED, add_runs, measuring, planned_epochs, read_weights, timm_version, weights_content
-from .cli import RECIPES_DIR
-from .machine import device_name, has_bfloat16
+from .add_run import (
+    ELAPSED,
+    add_runs,
+    checked_name,
+    measuring,
+    planned_epochs,
+    read_weights,
+    timm_version,
+    weights_content,
+)
+from .cli import RECIPES_DIR, positive
+from .machine import check_device, device_name, has_bfloat16
 from .run import environment
 from .runs import (
     FIRST_ARGS,
@@ -48,10 +57,15 @@ except ImportError:  # Windows
     fcntl = None
 
 KEYS = {'recipe', 'args', 'seeds'}
+# arguments of train.py that this sets itself
+OWN_ARGS = {
+    'model', 'model_kwargs', 'dataset', 'dataset_download', 'data', 'data_dir', 'output', 'experiment', 'resume',
+    'seed', 'device', 'workers'}
 POLL_SECONDS = 2.
 REPORT_SECONDS = 60.  # where there is no terminal for a progress bar
 # else glibc returns large tensors to the system and fetches them anew, page by page, at each step on a CPU
 KEEP_MEMORY = {'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': str(sys.maxsize)}
+RECIPES_PRECISION = 'amp_dtype float16'  # where nothing is said of it
 LOCK_SECONDS = 10.  # data loaders outlive by that much a train.py that was killed
 
 
@@ -83,8 +97,15 @@ class Model:
     runs: List[Run]
 
 
-def read_queue(path: Path, patterns: List[str], output: Path, **train_args) -> List[Model]:
+def read_queue(path: Path, patterns: List[str], output: Path, script: Path, **train_args) -> List[Model]:
     """ Models of a queue file that fit one of the patterns, all of them where there is none.
+
+    Args:
+        path: Queue file.
+        patterns: Names or patterns of names.
+        output: Folder of the runs.
+        script: timm's train.py.
+        **train_args: Arguments of train.py for all runs.
 
     Raises:
         ValueError: If the file is not a queue, or no model fits.
@@ -95,11 +116,18 @@ def read_queue(path: Path, patterns: List[str], output: Path, **train_args) -> L
         raise ValueError(f'queue {path} cannot be read: {e}') from e
     if not isinstance(queue, dict):
         raise ValueError(f"queue {path} must map each 'arch.tag' to a recipe")
+    queue = {str(name): item for name, item in queue.items()}
     for pattern in patterns:
         if not any(fnmatch(name, pattern) for name in queue):
             raise ValueError(f'{pattern!r} is not in the queue {path}; it has {", ".join(queue)}')
+    source = script.read_text(encoding='utf-8')  # train.py takes what it does not know from a configuration in silence
+
+    def is_option(key: str) -> bool:
+        key = re.escape(key)
+        return re.search(f'[\'"]--{key.replace("_", "[-_]")}[\'"]|dest=[\'"]{key}[\'"]', source) is not None
+
     return [
-        _read_model(path, name, item, output, train_args) for name, item in queue.items()
+        _read_model(path, name, item, output, train_args, is_option) for name, item in queue.items()
         if not patterns or any(fnmatch(name, pattern) for pattern in patterns)
     ]
 
@@ -112,27 +140,43 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _read_model(path: Path, name: str, item: Any, output: Path, train_args: Dict[str, Any]) -> Model:
+def _read_model(
+        path: Path,
+        name: str,
+        item: Any,
+        output: Path,
+        train_args: Dict[str, Any],
+        is_option: Callable[[str], bool],
+) -> Model:
     if not isinstance(item, dict) or not {'recipe'} <= item.keys() <= KEYS:
         raise ValueError(f'{name} in {path} must have a recipe, may have args and seeds, and nothing else')
-    arch = name.partition('.')[0]
+    arch, tag = checked_name(name)
     recipe = RECIPES_DIR / f'{item["recipe"]}.yaml'
-    if not is_model(arch) or not recipe.is_file():
-        raise ValueError(f'{name} in {path} must be a model of the zoo with one of its recipes, got {item["recipe"]!r}')
+    if not recipe.is_file():
+        raise ValueError(f"recipe of {name} in {path} must be one of splitmixer_timm/recipes, got {item['recipe']!r}")
     base, args = yaml.safe_load(recipe.read_text(encoding='utf-8')), item.get('args', {})
+    dataset = base['model'].partition('.')[2]
+    if tag != dataset and not tag.startswith(f'{dataset}_'):
+        raise ValueError(
+            f'recipe of {name} in {path} must be for its data set: {item["recipe"]} is for the tag {dataset}, and '
+            f'those that begin with {dataset}_')
     seeds = item.get('seeds', [base['seed']])
     if not isinstance(args, dict):
         raise ValueError(f'args of {name} in {path} must map arguments of train.py to values, got {args!r}')
+    if own := sorted(OWN_ARGS & args.keys()):
+        raise ValueError(f'args of {name} in {path} must not have {", ".join(own)}, which the queue itself sets')
+    if unknown := sorted(str(key) for key in args.keys() - base.keys() if not is_option(str(key))):
+        raise ValueError(f'args of {name} in {path} must be arguments of train.py, got {", ".join(unknown)}')
     for key, value in args.items():
         if isinstance(value, str) and _is_number(value):
             raise ValueError(
                 f'{key} of {name} in {path} must be a number, got the text {value!r}: YAML wants a point in it, as in '
                 '1.0e-3')
-    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
-        raise ValueError(f'seeds of {name} in {path} must be a list of integers, got {seeds!r}')
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds) or \
+            len(set(seeds)) != len(seeds):
+        raise ValueError(f'seeds of {name} in {path} must be a list of different integers, got {seeds!r}')
     if 'amp_dtype' in args:
         args = {'amp': True, **args}  # asked for, whatever the device's own would be
-    dataset = base['model'].partition('.')[2]
     runs = []
     for seed in seeds:
         config = {
@@ -141,7 +185,11 @@ def _read_model(path: Path, name: str, item: Any, output: Path, train_args: Dict
             **args,
         }
         runs.append(Run(name, output / f'{name}-{seed}', config))
-    recipe = [item['recipe'], *(f'{key} {value}' for key, value in args.items() if key not in ('amp', 'amp_dtype'))]
+    # train.py counts its `epochs` without those of the warm-up that our recipes begin with
+    said = {key: value for key, value in args.items() if key not in ('amp', 'amp_dtype')}
+    if 'epochs' in said:
+        said['epochs'] = f'{said["epochs"]} after {said.pop("warmup_epochs", base["warmup_epochs"])} of warm-up'
+    recipe = [item['recipe'], *(f'{key} {value}' for key, value in said.items())]
     return Model(name, dataset, '; '.join(recipe), runs)
 
 
@@ -150,6 +198,11 @@ def mixed_precision(device: str) -> Dict[str, Any]:
     if not device.startswith('cpu'):
         return {}
     return {'amp_dtype': 'bfloat16'} if has_bfloat16() else {'amp': False}
+
+
+def precision(run_args: Dict[str, Any]) -> str:
+    """ Arguments of train.py that say what a run computes in."""
+    return f'amp_dtype {run_args.get("amp_dtype", "float16")}' if run_args.get('amp') else 'amp False'
 
 
 def last_checkpoint(folder: Path) -> Optional[Path]:
@@ -224,11 +277,18 @@ def check_args(run: Run) -> None:
             f'{run.folder} was trained with {", ".join(sorted(changes))}: give another --output, or remove it')
 
 
-def note_machine(folder: Path, machine: str, runs: int, torch_version: str, timm_version: str) -> None:
+def note_machine(
+        folder: Path,
+        machine: str,
+        runs: int,
+        torch_version: str,
+        timm_version: str,
+        precision: str,
+) -> None:
     """ Keep in a run's folder what this part of it is made on, for `add_run`."""
     file = folder / MADE_ON
     parts = (yaml.safe_load(file.read_text(encoding='utf-8')) if file.is_file() else None) or []
-    part = dict(machine=machine, runs=runs, torch=torch_version, timm=timm_version)
+    part = dict(machine=machine, runs=runs, torch=torch_version, timm=timm_version, precision=precision)
     if part not in parts:
         manifest.replace_file(file, yaml.safe_dump([*parts, part]).encode())
 
@@ -254,7 +314,8 @@ def start(run: Run, scripts: Path, machine: str, runs: int) -> subprocess.Popen:
         if checkpoint:
             check_args(run)
             if not (run.folder / MADE_ON).is_file():  # begun by hand, or by a version that kept nothing
-                note_machine(run.folder, 'an unknown machine', 1, 'unknown', 'unknown')
+                note_machine(
+                    run.folder, 'an unknown machine', 1, 'unknown', 'unknown', precision(read_args(run.folder)))
             # train.py writes args.yaml anew, and with it the time that this part began; cut off before, it adds none
             args = run.folder / 'args.yaml'
             finished = checkpoint.stat().st_mtime
@@ -269,7 +330,7 @@ def start(run: Run, scripts: Path, machine: str, runs: int) -> subprocess.Popen:
         else:
             for name in ('summary.csv', FIRST_ARGS, ELAPSED, MADE_ON):
                 (run.folder / name).unlink(missing_ok=True)
-        note_machine(run.folder, machine, runs, str(torch.__version__), timm_version(scripts))
+        note_machine(run.folder, machine, runs, str(torch.__version__), timm_version(scripts), precision(config))
         manifest.replace_file(run.folder / 'config.yaml', yaml.safe_dump(config).encode())
         with open(run.folder / 'train.log', 'ab') as log:
             allocator = KEEP_MEMORY if config['device'].startswith('cpu') else {}
@@ -299,15 +360,12 @@ def add(model: Model, scripts: Path, data_dir: Path, device: str) -> Optional[Di
         check_args(run)
     if is_added(model):
         return None
-    trained = read_args(model.runs[0].folder)
-    recipe = model.recipe
-    if not trained.get('amp'):
-        recipe += '; amp False'
-    elif trained.get('amp_dtype', 'float16') != 'float16':
-        recipe += f'; amp_dtype {trained["amp_dtype"]}'
+    parts = [part for run in model.runs for part in yaml.safe_load((run.folder / MADE_ON).read_text(encoding='utf-8'))]
+    precisions = list(dict.fromkeys(part['precision'] for part in parts))
+    recipe = [model.recipe, *([', then '.join(precisions)] if precisions != [RECIPES_PRECISION] else [])]
     return add_runs(
-        model.name, [run.folder for run in model.runs], model.dataset, data_dir / model.dataset, scripts, recipe,
-        device=device)
+        model.name, [run.folder for run in model.runs], model.dataset, data_dir / model.dataset, scripts,
+        '; '.join(recipe), device=device)
 
 
 def train(
@@ -397,7 +455,8 @@ def train(
 
 
 def _end(signum: int, frame: Any) -> None:
-    signal.signal(signum, signal.SIG_IGN)  # a second one would cut off the ending of the runs
+    # a second one would cut off the ending of the runs; SIG_IGN would pass on to what is started from now on
+    signal.signal(signum, lambda *args: None)
     sys.exit(128 + signum)
 
 
@@ -416,28 +475,24 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument('--output', type=Path, required=True, help='folder for the runs')
     parser.add_argument(
         '--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='default here: %(default)s')
-    parser.add_argument('--jobs', type=int, default=1, help='runs at once (default: %(default)s)')
-    parser.add_argument('--workers', type=int, default=4, help='data loaders a run (default: %(default)s)')
+    parser.add_argument('--jobs', type=positive, default=1, help='runs at once (default: %(default)s)')
+    parser.add_argument('--workers', type=positive, default=4, help='data loaders a run (default: %(default)s)')
     args = parser.parse_args(argv)
-    if args.jobs < 1:
-        parser.error(f'--jobs must be at least 1, got {args.jobs}')
     for script in ('train.py', 'validate.py'):
         if not (args.scripts / script).is_file():
             parser.error(f'--scripts must be a folder with train.py and validate.py, {args.scripts} has no {script}')
     try:
         models = read_queue(
-            args.queue, args.names, args.output.resolve(), data_dir=args.data_dir.resolve(), device=args.device,
-            workers=args.workers, **mixed_precision(args.device))
+            args.queue, args.names, args.output.resolve(), args.scripts / 'train.py', data_dir=args.data_dir.resolve(),
+            device=args.device, workers=args.workers, **mixed_precision(args.device))
+        check_device(args.device)
     except ValueError as e:
         parser.error(str(e))
     for dataset in {model.dataset for model in models}:
         for split in ('train', 'validation'):
             if not (args.data_dir / dataset / split).is_dir():
                 parser.error(f'--data-dir must have image folders {dataset}/{split}, {args.data_dir} has not')
-    try:
-        machine = device_name(args.device)
-    except (AssertionError, RuntimeError) as e:  # torch without CUDA, or no GPU
-        parser.error(f'--device must be one that is here, got {args.device}: {e}')
+    machine = device_name(args.device)
     signal.signal(signal.SIGTERM, _end)
     return 1 if train(models, args.scripts, args.data_dir, args.device, machine, args.jobs) else 0
 

@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,26 @@ BASELINES = ['convmixer_256_8', 'convmixer_256_8_ks7_p7']
 # what takes minutes where every product in bf16 is computed one by one
 BF16 = pytest.param(
     'bf16', marks=pytest.mark.skipif(not has_bfloat16(), reason='needs a processor that computes in bf16'))
+
+
+def real_images(dataset, folder, per_class=None, splits=('train', 'validation')):
+    """ Image folders `folder/SPLIT/CLASS` of a real data set, the first images of each class if not all; skips where
+    `SPLITMIXER_DATA` has neither such nor an unpack.py that makes them."""
+    if (DATA_DIR / 'unpack.py').is_file():
+        command = [sys.executable, DATA_DIR / 'unpack.py', dataset, folder]
+        command += ['--split', 'test'] if splits == ('validation',) else []
+        subprocess.run([*command, *(['--per-class', str(per_class)] if per_class else [])], check=True)
+        return folder
+    for split in splits:
+        classes = sorted(path for path in (DATA_DIR / dataset / split).glob('*') if path.is_dir())
+        if not classes:
+            pytest.skip(f'{dataset} is not at hand (SPLITMIXER_DATA names a folder with {dataset}/{split}/CLASS)')
+        for source in classes:
+            target = folder / split / source.name
+            target.mkdir(parents=True)
+            for image in sorted(source.iterdir())[:per_class]:
+                (target / image.name).symlink_to(image)
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -63,9 +63,9 @@ def run(tmp_path, monkeypatch):
         path, weights, state_dict = run_dir, zoo, ema
         validate = scripts / 'validate.py'
 
-        def add(self, name=NAME, runs=None):
+        def add(self, name=NAME, runs=None, more=()):
             add_run.main([name, *map(str, runs or [run_dir]), '--dataset', 'cifar10', '--data-dir',
-                          str(tmp_path / 'data'), '--scripts', str(scripts), '--recipe', 'a test'])
+                          str(tmp_path / 'data'), '--scripts', str(scripts), '--recipe', 'a test', *more])
 
     return Run()
 
@@ -219,7 +219,7 @@ def test_made_on_a_device_that_is_not_here(run, capsys):
     """ Told before anything is measured."""
     args = yaml.safe_load((run.path / 'args.yaml').read_text())
     (run.path / 'args.yaml').write_text(yaml.safe_dump({**args, 'device': 'cuda:99'}))
-    run.validate.unlink()
+    run.validate.write_text('raise SystemExit(3)')
     with pytest.raises(SystemExit):
         run.add()
     assert f'{run.path} was trained on cuda:99, which is not here' in capsys.readouterr().err
@@ -231,8 +231,31 @@ def test_other_architecture(run, capsys):
     assert 'trained splitmixer_ii_256_8' in capsys.readouterr().err
 
 
-def test_failed_validation_leaves_the_zoo_alone(run):
+def test_failed_validation_leaves_the_zoo_alone(run, capsys):
     run.validate.write_text('raise SystemExit(1)')
-    with pytest.raises(Exception, match='validate.py'):
+    with pytest.raises(SystemExit) as error:
         run.add()
+    assert error.value.code == 1
+    assert 'validate.py failed with exit status 1; nothing was added' in capsys.readouterr().err
     assert [path.name for path in run.weights.iterdir()] == ['manifest.json']
+
+
+@pytest.mark.parametrize(('change', 'message'), [
+    (['--dataset', 'mnist'], "dataset must be one of cifar10, cifar100, flowers102, food101, in1k, got 'mnist'"),
+    (['--scripts', 'nowhere'], 'scripts must be a folder with validate.py, nowhere has none'),
+    (['--data-dir', 'nowhere'], 'data_dir must have image folders validation, nowhere has no images there'),
+    (['--split', 'test'], 'data_dir must have image folders test'),
+    (['--batch-size', '0'], "--batch-size: must be an integer of at least 1, got '0'"),
+])
+def test_bad_requests(run, capsys, change, message):
+    with pytest.raises(SystemExit):
+        run.add(more=change)
+    assert message in capsys.readouterr().err
+    assert [path.name for path in run.weights.iterdir()] == ['manifest.json']
+
+
+@pytest.mark.parametrize('name', ['splitmixer_ii_256_8', 'resnet18.cifar10', 'splitmixer_ii_256_8.', 'a/../b.cifar10'])
+def test_names(run, capsys, name):
+    with pytest.raises(SystemExit):
+        run.add(name)
+    assert f"name must be 'arch.tag', of a model of this package, got {name!r}" in capsys.readouterr().err

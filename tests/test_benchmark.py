@@ -3,6 +3,7 @@ import csv
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import types
@@ -65,6 +66,33 @@ def clock(monkeypatch):
         monkeypatch.setattr(benchmark, 'seconds', seconds)
 
     return set_times
+
+
+def test_commit(tmp_path, monkeypatch):
+    """ Marked where the package, or a script that measures, is not as it was committed; other files do not matter."""
+    def git(*args):
+        subprocess.run(['git', '-C', tmp_path, '-c', 'user.name=a', '-c', 'user.email=a@b', *args], check=True)
+
+    script, other = tmp_path / 'benchmarks' / 'plain.py', tmp_path / 'README.md'
+    (tmp_path / 'splitmixer_timm').mkdir()
+    script.parent.mkdir()
+    for file in (script, other, tmp_path / 'splitmixer_timm' / 'a.py'):
+        file.write_text('1')
+    monkeypatch.setattr(benchmark, 'CHECKOUT', tmp_path)
+    assert benchmark.commit() == ''
+    git('init', '-q')
+    git('add', '.')
+    git('commit', '-q', '-m', 'first')
+    clean = benchmark.commit()
+    assert re.fullmatch('[0-9a-f]{12}', clean)
+    other.write_text('2')
+    assert benchmark.commit() == clean
+    new = tmp_path / 'splitmixer_timm' / 'b.py'
+    new.write_text('1')
+    assert benchmark.commit() == f'{clean}+changes'
+    new.unlink()
+    script.write_text('2')
+    assert benchmark.commit() == f'{clean}+changes'
 
 
 @pytest.fixture
@@ -690,7 +718,9 @@ class TestDocuments:
         assert not (tmp_path / 'benchmarks' / 'results' / 'a-gpu.png').exists()
 
 
-@pytest.mark.skipif(not SCRIPTS, reason="SPLITMIXER_TIMM_SCRIPTS does not name a folder with timm's benchmark.py")
+@pytest.mark.skipif(
+    not SCRIPTS or not os.path.isfile(os.path.join(SCRIPTS, 'benchmark.py')),
+    reason="SPLITMIXER_TIMM_SCRIPTS does not name a folder with timm's benchmark.py")
 def test_agrees_with_timms_benchmark(tmp_path):
     """ timm's script and ours, in turn, same network, batch and one thread: the best of each differ by less than 40 %.
 

@@ -31,8 +31,16 @@ class FakeFile:
         return 'processor\t: 0\nmodel name\t: Fast Chip 9000\nflags\t\t: fpu vme\n' * 2
 
 
+@pytest.mark.parametrize('device', ['xpu', 'meta'])
+def test_a_device_of_another_kind_is_no_cpu(device):
+    with pytest.raises(ValueError, match=f"device must be 'cuda', 'cuda:N', 'cpu' or 'mps', got '{device}'"):
+        machine.device_name(device)
+
+
 def test_bfloat16(monkeypatch):
     """ Either oneDNN computes in it, or torch has no oneDNN."""
     assert machine.has_bfloat16() == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert machine.has_precision('bf16') == machine.has_bfloat16()
     monkeypatch.setattr(torch.backends.mkldnn, 'is_available', lambda: False)
     assert machine.has_bfloat16() is False
+    assert [machine.has_precision(name) for name in ('fp32', 'fp16', 'bf16')] == [True, False, False]

@@ -174,7 +174,8 @@ def test_failing_model(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(('args', 'words'), [
     (['--device', 'warp'], "got 'warp'"), (['--models', 'nonesuch'], "unknown model 'nonesuch'"),
-    (['--batch-size', '0'], '--batch-size must be at least 1, got 0'), (['--passes', '-1'], '--passes must be'),
+    (['--batch-size', '0'], "--batch-size: must be an integer of at least 1, got '0'"),
+    (['--passes', '-1'], '--passes: must be'),
     (['--precision', 'tf32'], 'needs a CUDA device'), (['--results', __file__], 'results cannot be written'),
 ])
 def test_bad_requests(run, args, words, tmp_path, monkeypatch):

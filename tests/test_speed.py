@@ -175,6 +175,20 @@ def test_memory(results, monkeypatch):
         'the allocator of this system cannot be told to keep memory'}
 
 
+def test_forms_that_are_gone(results, monkeypatch):
+    """ Rows are compared with the plain network of their own run, never with that of a later one."""
+    monkeypatch.setattr(speed, 'find_spec', lambda name: None)
+    rows = [dict(form=form, seconds='1') for form in ('plain', 'created')]
+    monkeypatch.setattr(speed, 'measure', lambda *args: rows)
+    args = ('--models', 'splitmixer_i_256_8', '--tasks', 'infer')
+    results(*args, '--memory', 'returned', 'kept')
+    monkeypatch.setattr(speed, 'measure', lambda *args: [dict(form='plain', seconds='10')])
+    _, rows = results(*args)
+    assert [(row['memory'], row['batch_size'], row['form'], row['seconds']) for row in rows] == [
+        *[('kept', size, form, '1') for size in '21' for form in ('plain', 'created')],
+        *[('returned', size, 'plain', '10') for size in '21']]
+
+
 def test_batches_have_tables_of_their_own(results, monkeypatch):
     monkeypatch.setattr(speed, 'find_spec', lambda name: None)
     for size in ('2', '3'):
@@ -222,8 +236,8 @@ def test_a_form_that_fails_is_recorded(results, monkeypatch):
 
 
 @pytest.mark.parametrize(('args', 'words'), [
-    (['--turns', '0'], '--turns must be at least 1'),
-    (['--batch-size', '-1'], '--batch-size must be at least 1'),
+    (['--turns', '0'], '--turns: must be an integer of at least 1'),
+    (['--batch-size', '-1'], '--batch-size: must be an integer of at least 1'),
     (['--models', 'nomodel'], "unknown model 'nomodel'"),
     (['--device', 'tpu'], "got 'tpu'"),
 ])

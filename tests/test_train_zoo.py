@@ -13,19 +13,22 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import DATA_DIR, ROOT
+from conftest import ROOT, real_images
 from timm.models import is_model
 
 from splitmixer_timm import add_run, cli, manifest, runs, train_zoo
 from splitmixer_timm.machine import device_name, has_bfloat16
 from splitmixer_timm.run import environment
 
+DEFAULTS = ROOT / 'tests' / 'assets' / 'train_defaults.yaml'
 SCRIPTS = os.environ.get('SPLITMIXER_TIMM_SCRIPTS')
 # trains nothing: its files are those that train.py leaves, and it fails, hangs or waits where a file asks for it
 TRAIN = """
 import argparse, os, pathlib, shutil, sys, time, yaml
 parser = argparse.ArgumentParser()
 parser.add_argument('--config', type=pathlib.Path)
+for option in ('--mixup', '--val-interval', '--amp-dtype'):
+    parser.add_argument(option)
 config = yaml.safe_load(parser.parse_args().config.read_text())
 folder = pathlib.Path(config['output']) / config['experiment']
 ask = folder.parent.parent
@@ -126,6 +129,13 @@ def validated(monkeypatch):
     monkeypatch.setattr(add_run, 'validate', lambda *args: dict(top1=90.5, top5=99.5))
 
 
+@pytest.fixture
+def gpu(monkeypatch):
+    """ Every device is here, and a GPU."""
+    monkeypatch.setattr(train_zoo, 'check_device', lambda device: None)
+    monkeypatch.setattr(train_zoo, 'device_name', lambda device: 'Great GPU')
+
+
 @pytest.mark.usefixtures('validated')
 def test_trains_and_adds(zoo, monkeypatch):
     assert zoo.run() == 0
@@ -137,7 +147,7 @@ def test_trains_and_adds(zoo, monkeypatch):
     assert entries[OTHER]['dataset'] == 'cifar100'
     precision = 'amp_dtype bfloat16' if has_bfloat16() else 'amp False'
     assert entries[OTHER]['training']['recipe'] == (
-        f'cifar100; epochs 2; warmup_epochs 1; lr_cycle_limit 1; lr 0.01; {precision}')
+        f'cifar100; epochs 2 after 1 of warm-up; lr_cycle_limit 1; lr 0.01; {precision}')
     args = yaml.safe_load((manifest.WEIGHTS_DIR / entries[OTHER]['training']['args']).read_text())
     assert args['model'] == 'splitmixer_iv_256_8.cifar100'
     assert args['data_dir'] == '<DATA_DIR>'
@@ -190,7 +200,8 @@ def test_gone_on_with_elsewhere(zoo, monkeypatch):
         assert zoo.run(OTHER) == 0
     (folder / 'args.yaml').write_text((folder / 'args.yaml').read_text().replace('device: cpu', 'device: cuda'))
     model, = train_zoo.read_queue(
-        zoo.path / 'queue.yaml', [OTHER], folder.parent, data_dir=zoo.path / 'data', device='cpu', workers=1)
+        zoo.path / 'queue.yaml', [OTHER], folder.parent, zoo.path / 'scripts' / 'train.py',
+        data_dir=zoo.path / 'data', device='cpu', workers=1)
     entry = train_zoo.add(model, zoo.path / 'scripts', zoo.path / 'data', 'cpu')
     assert entry['training']['machine'] == f'{device_name("cpu")} and Great GPU'
     assert (entry['training']['torch'], entry['training']['timm']) == (torch.__version__, timm.__version__)
@@ -228,22 +239,23 @@ def test_mixed_precision_on_a_cpu(zoo, monkeypatch, with_bfloat16, queued, expec
     training = zoo.entries()[OTHER]['training']
     args = yaml.safe_load((manifest.WEIGHTS_DIR / training['args']).read_text())
     assert (args['amp'], args.get('amp_dtype')) == expected
-    assert training['recipe'] == f'cifar100; epochs 2; warmup_epochs 1; lr_cycle_limit 1; lr 0.01{said}'
+    assert training['recipe'] == f'cifar100; epochs 2 after 1 of warm-up; lr_cycle_limit 1; lr 0.01{said}'
 
 
-@pytest.mark.usefixtures('validated')
+@pytest.mark.usefixtures('validated', 'gpu')
 def test_mixed_precision_is_the_devices(zoo, monkeypatch):
     """ A GPU's is as the recipe says; its run is added on a CPU as what it is, and can be gone on with there."""
     monkeypatch.setattr(train_zoo, 'has_bfloat16', lambda: False)
-    monkeypatch.setattr(train_zoo, 'device_name', lambda device: 'Great GPU')
     assert zoo.run(OTHER, '--device', 'cuda') == 0
     assert zoo.entries()[OTHER]['training']['recipe'].endswith('; lr 0.01')
     shutil.copy(zoo.path / 'checkpoint-1', zoo.path / 'runs' / f'{OTHER}-42' / 'last.pth.tar')
+    torch.save({'epoch': 2, 'state_dict': timm.create_model(OTHER).state_dict()}, zoo.path / 'checkpoint-2')
     assert zoo.run(OTHER) == 0
     assert len(zoo.started()) == 2
+    assert zoo.entries()[OTHER]['training']['recipe'].endswith('; lr 0.01; amp_dtype float16, then amp False')
 
 
-@pytest.mark.usefixtures('validated')
+@pytest.mark.usefixtures('validated', 'gpu')
 @pytest.mark.parametrize('users', [None, '7'])
 def test_memory_is_kept_on_a_cpu(zoo, monkeypatch, users):
     """ But where the user has set glibc's allocator otherwise, and not for a GPU."""
@@ -253,7 +265,6 @@ def test_memory_is_kept_on_a_cpu(zoo, monkeypatch, users):
     assert zoo.run(OTHER) == 0
     assert (zoo.path / 'allocator').read_text() == (users or '0')
     shutil.rmtree(zoo.path / 'runs')
-    monkeypatch.setattr(train_zoo, 'device_name', lambda device: 'Great GPU')
     assert zoo.run(OTHER, '--device', 'cuda') == 0
     assert (zoo.path / 'allocator').read_text() == (users or 'as it is')
 
@@ -450,19 +461,44 @@ def test_ended_while_it_measures(zoo):
     assert not zoo.entries()
 
 
+def test_what_ends_is_not_deaf(monkeypatch):
+    """ What is started once the driver was told to end can be told so, too."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit):
+            train_zoo._end(signal.SIGTERM, None)
+        process = subprocess.Popen([sys.executable, '-c', 'import time; print(flush=True); time.sleep(600)'],
+                                   stdout=subprocess.PIPE)
+        process.stdout.readline()
+        process.terminate()
+        assert process.wait(60) == -signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGTERM)  # a second one changes nothing
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.parametrize(('change', 'message'), [
-    (dict(args=['--jobs', '0']), '--jobs must be at least 1, got 0'),
-    (dict(args=['--device', 'cuda:99']), '--device must be one that is here, got cuda:99'),
+    (dict(args=['--jobs', '0']), "--jobs: must be an integer of at least 1, got '0'"),
+    (dict(args=['--workers', '-1']), "--workers: must be an integer of at least 1, got '-1'"),
+    (dict(args=['--device', 'cuda:99']), "device 'cuda:99' asked for, but"),
+    (dict(args=['--device', 'gpu']), "device must be 'cuda', 'cuda:N', 'cpu' or 'mps', got 'gpu'"),
     (dict(args=['mnist']), "'mnist' is not in the queue"),
     (dict(queue='- a'), "must map each 'arch.tag' to a recipe"),
     (dict(queue='{'), 'cannot be read'),
     (dict(queue=f'{NAME}: {{recipe: mnist}}'), "got 'mnist'"),
-    (dict(queue='resnet.cifar10: {recipe: cifar10}'), 'must be a model of the zoo'),
+    (dict(queue='resnet18.cifar10: {recipe: cifar10}'), "of a model of this package, got 'resnet18.cifar10'"),
+    (dict(queue='splitmixer_i_256_8: {recipe: cifar10}'), "must be 'arch.tag'"),
+    (dict(queue='splitmixer_i_256_8.a/b: {recipe: cifar10}'), "must be 'arch.tag'"),
+    (dict(queue='1: {recipe: cifar10}'), "must be 'arch.tag'"),
+    (dict(queue=f'{NAME}: {{recipe: cifar100}}'), 'cifar100 is for the tag cifar100'),
+    (dict(queue=f'{NAME}: {{recipe: cifar10, args: {{seed: 5, output: x}}}}'), 'must not have output, seed'),
+    (dict(queue=f'{NAME}: {{recipe: cifar10, args: {{epoch: 5}}}}'), 'must be arguments of train.py, got epoch'),
+    (dict(queue=f'{NAME}: {{recipe: cifar10, seeds: [1, 1]}}'), 'must be a list of different integers, got [1, 1]'),
     (dict(queue=f'{NAME}: {{recipe: cifar10, epochs: 3}}'), 'nothing else'),
     (dict(queue=f'{NAME}: {{recipe: cifar10, args: 3}}'), 'must map arguments of train.py to values, got 3'),
     (dict(queue=f'{NAME}: {{recipe: cifar10, args: {{lr: 1e-3}}}}'), "must be a number, got the text '1e-3'"),
-    (dict(queue=f'{NAME}: {{recipe: cifar10, seeds: 42}}'), 'must be a list of integers, got 42'),
-    (dict(queue=f'{NAME}: {{recipe: cifar10, seeds: []}}'), 'must be a list of integers, got []'),
+    (dict(queue=f'{NAME}: {{recipe: cifar10, seeds: 42}}'), 'must be a list of different integers, got 42'),
+    (dict(queue=f'{NAME}: {{recipe: cifar10, seeds: []}}'), 'must be a list of different integers, got []'),
     (dict(absent='scripts/validate.py'), 'has no validate.py'),
     (dict(absent='data/cifar100/train'), 'must have image folders cifar100/train'),
 ])
@@ -481,7 +517,9 @@ def test_bad_requests(zoo, capsys, change, message):
 def test_the_zoos_own_queue(tmp_path):
     """ All of it can be read, and what is in it is a model with a recipe of its data set."""
     path = ROOT / 'weights' / 'queue.yaml'
-    models = train_zoo.read_queue(path, [], tmp_path, data_dir=tmp_path, device='cpu', workers=1)
+    script = tmp_path / 'train.py'
+    script.write_text(' '.join(f"'--{name}'" for name in yaml.safe_load(DEFAULTS.read_text())))
+    models = train_zoo.read_queue(path, [], tmp_path, script, data_dir=tmp_path, device='cpu', workers=1)
     assert {f'{arch}_256_8.{dataset}' for dataset in ('cifar10', 'cifar100') for arch in (
         'splitmixer_i', 'splitmixer_ii', 'splitmixer_iii', 'splitmixer_iv', 'splitmixer_v', 'convmixer')} < {
             model.name for model in models}
@@ -496,12 +534,10 @@ def test_the_zoos_own_queue(tmp_path):
 
 @pytest.mark.data
 @pytest.mark.skipif(not SCRIPTS, reason="SPLITMIXER_TIMM_SCRIPTS does not name a folder with timm's scripts")
-@pytest.mark.skipif(not (DATA_DIR / 'unpack.py').is_file(), reason='CIFAR-10 is not at hand (SPLITMIXER_DATA)')
 def test_with_timms_scripts(zoo, tmp_path):
     """ The real train.py and validate.py, on a few real images."""
     data = tmp_path / 'real'
-    subprocess.run(
-        [sys.executable, DATA_DIR / 'unpack.py', 'cifar10', data / 'cifar10', '--per-class', '8'], check=True)
+    real_images('cifar10', data / 'cifar10', 8)
     queue = {NAME: dict(recipe='cifar10', args=dict(
         epochs=1, warmup_epochs=1, lr_cycle_limit=1, batch_size=40, lr=0.001))}
     (tmp_path / 'queue.yaml').write_text(yaml.safe_dump(queue))
