@@ -7,6 +7,7 @@ import copy
 from fractions import Fraction
 
 import torch
+from timm.models import get_model_args
 from torch import nn
 
 from splitmixer_timm import SplitMixer, checkpoint_filter_fn
@@ -159,7 +160,8 @@ def plain_model(model):
     """
     if not isinstance(model, SplitMixer):
         return copy.deepcopy(model)
-    args = model.model_args
+    defaults = dict(in_chans=3, num_classes=model.num_classes, global_pool='avg')
+    args = {name: value for name, value in get_model_args(model).items() if value != defaults.get(name)}
     if unknown := args.keys() - PLAIN_ARGS:
         raise ValueError(f'model must have arguments of {", ".join(sorted(PLAIN_ARGS))} only, got {sorted(unknown)}.')
     common = dict(

@@ -28,7 +28,7 @@ from splitmixer_timm.benchmark import Results, Settings
 from splitmixer_timm.benchmark_report import markdown_table as table
 from splitmixer_timm.card import DATASETS, INTENDED_USE, LIMITS
 from splitmixer_timm.complexity import measure_complexity
-from splitmixer_timm.paper import BASELINE, TABLE3, TOP1
+from splitmixer_timm.paper import BASELINE, TABLE3, top1
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS_DIR = ROOT / 'benchmarks' / 'results'
@@ -329,9 +329,7 @@ def weights_table() -> str:
     """ What each pretrained model measured, beside the paper's figure."""
     rows = []
     for name, entry in sorted(manifest.entries().items()):
-        kind = name.split('_')[1] if name.startswith('splitmixer') else 'conv'
-        # the paper's recipe is that of the tag which is its data set; others have nothing to stand beside
-        paper = TOP1.get(name.partition('.')[2], {}).get(kind)
+        paper = top1(name)
         model = timm.create_model(name, device='meta')
         counts = measure_complexity(model, model.pretrained_cfg['input_size'])
         metrics, training = entry['metrics'], entry['training']
@@ -410,9 +408,7 @@ def main() -> int:
         if rendered != text:
             stale.append(document)
             if not args.check:
-                temporary = path.with_suffix('.tmp')
-                temporary.write_text(rendered, encoding='utf-8')
-                temporary.replace(path)
+                manifest.replace_file(path, rendered.encode())
     for name, rows in throughput():
         picture = RESULTS_DIR / reports.picture_name(name, rows)
         if any(row['img_per_s'] for row in rows) and not reports.is_drawn(rows, picture):

@@ -1,5 +1,6 @@
 """ Tables and pictures of benchmark results, from the results alone. """
 import hashlib
+import io
 import json
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
@@ -7,6 +8,7 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 from PIL import Image
 
 from .benchmark import SETTING, VERSIONS, Row, Settings
+from .manifest import replace_file
 from .paper import BASELINE, TABLE3, TOP1
 
 __all__ = [
@@ -165,8 +167,9 @@ def describe(rows: Rows) -> str:
     if steady:
         repeats = _extent(len(row['rates'].split()) for row in steady)
         batches = _extent(int(row['batches']) for row in steady)
+        batches = 'one batch' if batches == '1' else f'{batches} batches'
         sentences.append(
-            f'Steady: after warm-up, median of {repeats} repeats of {batches} batches, the models in turn, timed by '
+            f'Steady: after warm-up, median of {repeats} repeats of {batches}, the models in turn, timed by '
             f'{next(iter(steady))["timer"]}; spread is (max - min) / median')
         unstable = [label(_row(row)) for row in steady if row['stable'] == 'no']
         if unstable:
@@ -292,6 +295,6 @@ def draw(rows: Rows, path: Path) -> None:
         axes.grid(True, which='major', color='#DDDDDD', linewidth=0.7)
         axes.set_axisbelow(True)
         axes.spines[['top', 'right']].set_visible(False)
-    temporary = path.with_name(f'{path.name}.tmp')
-    figure.savefig(temporary, format='png', dpi=110, metadata={'Source': _digest(rows)})
-    temporary.replace(path)
+    png = io.BytesIO()
+    figure.savefig(png, format='png', dpi=110, metadata={'Source': _digest(rows)})
+    replace_file(path, png.getvalue())

@@ -30,6 +30,7 @@ class Dataset:
         training: What the official splits to train on are called, by their number of images.
         source: Who made it, and where it is described.
         bias: What is known to be one-sided in it.
+        paper: What the paper leaves open of its figures on it.
     """
     name: str
     hub_id: str
@@ -37,6 +38,7 @@ class Dataset:
     training: Dict[int, str]
     source: str
     bias: str
+    paper: str = ''
 
 
 _CIFAR_BIAS = (
@@ -56,7 +58,8 @@ DATASETS = {
         'Flowers102', 'dpdl-benchmark/oxford_flowers102', '8,189 images, 102 classes',
         {1020: 'the official train split', 2040: 'the official train and val splits together'},
         'Nilsback and Zisserman 2008, "Automated Flower Classification over a Large Number of Classes"',
-        'flowers common in the United Kingdom, one kind a picture, mostly close up'),
+        'flowers common in the United Kingdom, one kind a picture, mostly close up',
+        'it does not say on which splits it trained'),
     'food101': Dataset(
         'Food101', 'ethz/food101', '101,000 images, 101 classes', {75750: 'the official train split'},
         'Bossard et al. 2014, "Food-101: Mining Discriminative Components with Random Forests"',
@@ -95,7 +98,7 @@ _METRICS = {'top1': 'top-1 accuracy, %', 'top5': 'top-5 accuracy, %'}
 _OWNED = {'library_name', 'pipeline_tag', 'datasets', 'model-index'}
 
 
-def _snippet(source: str, num_classes: int, in_chans: int) -> List[str]:
+def _snippet(source: str, num_classes: int, in_chans: int, has_names: bool) -> List[str]:
     """ Python that loads the model and gives it an image."""
     create = f"model = timm.create_model('{source}', pretrained=True).eval()"
     if in_chans in (1, 3):
@@ -113,6 +116,10 @@ def _snippet(source: str, num_classes: int, in_chans: int) -> List[str]:
             "images = torch.rand(1, *timm.data.resolve_model_data_config(model)['input_size'])",
         ]
     lines.append('with torch.inference_mode():')
+    if num_classes and has_names:
+        return lines + [
+            '    probabilities = model(images).softmax(-1)',
+            "print(model.pretrained_cfg['label_names'][probabilities.argmax()], f'{probabilities.max():.0%}')"]
     if num_classes:
         return lines + [
             '    probabilities = model(images).softmax(-1)',
@@ -156,6 +163,9 @@ def model_card(
         metrics: Optional[Dict[str, Any]] = None,
         dataset: Optional[str] = None,
         training: Optional[Dict[str, Any]] = None,
+        arguments: Optional[Dict[str, Any]] = None,
+        has_names: bool = False,
+        paper: Optional[float] = None,
 ) -> str:
     """ Card of a model: metadata of the Hub in YAML, then Markdown.
 
@@ -168,12 +178,18 @@ def model_card(
             ('split', 'measured_by').
         dataset: What it was trained on: one of `DATASETS`, an id of the Hub, or any name.
         training: How it was trained, in the manifest's terms.
+        arguments: Arguments in which it differs from the architecture as it is registered.
+        has_names: Whether it comes with the names of its classes.
+        paper: Top-1 in percent that the paper gives for it.
     """
     metrics, training, known = metrics or {}, training or {}, DATASETS.get(dataset)
     data = resolve_data_config(pretrained_cfg=cfg)
     counts = measure_complexity(model, data['input_size'])
     size = ' x '.join(map(str, data['input_size'][1:]))
     trained_on = f', trained on {known.name if known else dataset}' if dataset else ''
+    changes = ', '.join(f'`{key}={value}`' for key, value in (arguments or {}).items())
+    crop = 'squashed to that size' if data['crop_mode'] == 'squash' else f'{data["crop_mode"]} crop of ' \
+        f'{100 * data["crop_pct"]:g}%'
     lines = [
         f'# {title}', '',
         f'A SplitMixer ([arXiv 2207.10255](https://arxiv.org/abs/2207.10255)) for timm{trained_on}.'
@@ -181,15 +197,15 @@ def model_card(
         f'A ConvMixer ([arXiv 2201.09792](https://arxiv.org/abs/2201.09792)) for timm{trained_on}, the baseline of '
         'SplitMixer.', '',
         '## Model', '',
-        f'- Architecture: `{cfg["architecture"]}`',
+        f'- Architecture: `{cfg["architecture"]}`' + (f', but with {changes}' if changes else ''),
         f'- Parameters: {counts.params:,}',
         f'- Multiply-accumulates: {counts.macs / 1e6:,.1f} M for one image',
         f'- Input: {data["input_size"][0]} channels, {size}, mean {tuple(data["mean"])}, standard deviation '
-        f'{tuple(data["std"])}, {data["interpolation"]} interpolation',
+        f'{tuple(data["std"])}, {data["interpolation"]} interpolation, {crop}',
         f'- Classes: {cfg["num_classes"]:,}', '',
         '## Use', '',
         'Needs `timm` and `splitmixer_timm`, which registers the architecture.', '',
-        '```python', *_snippet(source, cfg['num_classes'], data['input_size'][0]), '```', '',
+        '```python', *_snippet(source, cfg['num_classes'], data['input_size'][0], has_names), '```', '',
         '## Intended use', '', INTENDED_USE, '',
         '## Evaluation', '',
     ]
@@ -204,6 +220,9 @@ def model_card(
                 f'- Over {len(values)} runs that differ in the seed: top-1 {mean(values):.2f} +- {stdev(values):.2f}')
     else:
         lines.append('Not measured.')
+    if measured and paper and known:
+        lines.append(f"- The paper's top-1 accuracy, %: {paper:.2f}, after 100 epochs with its full recipe" + (
+            f'; {known.paper}' if known.paper else ''))
     lines += ['', '## Training', '']
     images = training.get('images')
     split = known.training.get(images) if known else None
@@ -219,6 +238,7 @@ def model_card(
         ('Versions', f'torch {training["torch"]}, timm {training["timm"]}' if 'torch' in training else None),
         ('Arguments', 'all of them in `args.yaml`' if training.get('args') else None),
         ('Log', log if training.get('summary') else None),
+        ('Note', training.get('note')),
     ]
     told = [f'- {name}: {fact}' for name, fact in facts if fact is not None]
     lines += told or ['Not recorded.']
@@ -272,12 +292,12 @@ def _read(metadata: str) -> Tuple[Dict[str, Any], Dict[str, str]]:
         key.value: metadata[mark.index:end] for (key, _), mark, end in zip(node.value if marks else [], marks, ends)}
 
 
-def merge_cards(existing: str, new: str) -> str:
+def merge_cards(existing: str, new: str, keep_licence: bool = True) -> str:
     """ A card made anew in place of the part that an earlier push made; what else the card has is kept.
 
-    Metadata that the new card has replaces that of the same name, but a licence stays what it was, and tags are joined;
-    what is kept is kept letter by letter. Of a card that timm made, which says of every model the same, nothing is kept
-    but what was added.
+    Metadata that the new card has replaces that of the same name, but a licence stays what it was (if it is to be
+    kept), and tags are joined; what is kept is kept letter by letter. Of a card that timm made, which says of every
+    model the same, nothing is kept but what was added.
 
     Raises:
         ValueError: If the existing card's metadata is not YAML.
@@ -306,7 +326,7 @@ def merge_cards(existing: str, new: str) -> str:
             old_body[:generated.start()], body, *(f'\n{section}\n' for section in own), old_body[generated.end():]])
     elif old_body.strip():
         body = f'{body}\n{old_body}'
-    if old_metadata.get('license'):
+    if keep_licence and old_metadata.get('license'):
         metadata['license'] = old_metadata['license']
     kept = ''.join(line for key, line in lines.items() if key not in metadata.keys() | _OWNED)
     return _join(metadata, body, kept)

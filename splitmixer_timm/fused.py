@@ -208,8 +208,10 @@ class FusedModel(nn.Module):
             raise Unsupported(f'model {type(model).__name__} with {" and ".join(own) or "code"} of its own')
         self.dtype = dtype
         self.compute_dtype = compute_dtype or dtype
-        for name in ('in_chans', 'num_classes', 'num_features', 'head_hidden_size', 'patch_size'):
+        for name in ('num_classes', 'num_features', 'head_hidden_size'):
             setattr(self, name, getattr(model, name))
+        conv = model.stem[0]
+        self.in_chans, self.patch_size = conv.in_channels, conv.kernel_size[0]
         for name in ('pretrained_cfg', 'default_cfg'):
             if hasattr(model, name):
                 setattr(self, name, copy.deepcopy(getattr(model, name)))

@@ -31,15 +31,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from timm.data import create_dataset, resolve_data_config
 from timm.layers.create_act import _ACT_LAYER_DEFAULT
-from timm.models import is_model, load_state_dict, model_entrypoint
+from timm.models import ConvMixer, get_model_args, is_model, load_state_dict, model_entrypoint
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from . import __version__, manifest
 from .card import DATASETS, merge_cards, model_card
 from .hub_errors import HubError, TransportError, checked_token, explained, within
+from .paper import top1 as paper_top1
 from .runs import checkpoint_epoch, is_local_dataset, public_args, read_args, read_summary, sorted_classes
-from .splitmixer import _NORM_LAYERS
+from .splitmixer import _NORM_LAYERS, SplitMixer
 
 __all__ = ['HubError', 'Release', 'pull_from_hub', 'push_to_hub']
 
@@ -122,7 +123,7 @@ def _is_same(state_dict: Dict[str, torch.Tensor], other: Dict[str, torch.Tensor]
 def _computation(model: nn.Module) -> Dict[str, Any]:
     """ What a model computes in eval mode, but for its weights: every argument of its class, defaults included."""
     args = {name: parameter.default for name, parameter in inspect.signature(type(model)).parameters.items()}
-    args.update(model.model_args, global_pool=model.global_pool.pool_type)
+    args.update((name, value) for name, value in get_model_args(model).items() if name in args)
     return _named_args({
         name: value for name, value in args.items()
         if name not in ('num_classes', 'drop_rate', 'drop_path_rate', 'device', 'dtype')})
@@ -154,6 +155,7 @@ class Release:
         training: How it was trained, in the manifest's terms.
         extra: Further files, and those that are to be published as they are.
         name: 'arch.tag' where it is a model of the zoo.
+        license: Licence, as the Hub names it; that of the pretrained cfg if None, which gives way to the repository's.
 
     Raises:
         ValueError: If the model or what is said of it cannot be published.
@@ -166,12 +168,13 @@ class Release:
     training: Dict[str, Any] = field(default_factory=dict)
     extra: Dict[str, bytes] = field(default_factory=dict)
     name: Optional[str] = None
+    license: Optional[str] = None
 
     def __post_init__(self):
         while hasattr(self.model, '_orig_mod') or hasattr(self.model, 'module'):  # compiled; DDP, EMA
             self.model = getattr(self.model, '_orig_mod', None) or self.model.module
         cfg = getattr(self.model, 'pretrained_cfg', None)
-        if not cfg or not _is_ours(cfg.get('architecture')) or not hasattr(self.model, 'model_args'):
+        if not cfg or not _is_ours(cfg.get('architecture')) or type(self.model) not in (SplitMixer, ConvMixer):
             raise ValueError(
                 'model must be a SplitMixer or ConvMixer of this package made by timm.create_model, got '
                 f'{type(self.model).__name__}.')
@@ -189,8 +192,9 @@ class Release:
         self.in_chans = self.model.stem[0].in_channels
         data_config = _checked_data_config(self.data_config, self.in_chans)
         self.model_args = {
-            **_named_args(self.model.model_args), 'in_chans': self.in_chans,
-            'global_pool': self.model.global_pool.pool_type,
+            name: value
+            for name, value in _named_args({**get_model_args(self.model), 'in_chans': self.in_chans}).items()
+            if name in inspect.signature(type(self.model)).parameters and name != 'num_classes'
         }
         # class names are those of what this was made from
         dropped = {'label_names', 'label_descriptions'}
@@ -198,6 +202,13 @@ class Release:
             dropped.add('first_conv')  # timm would convert weights of that name from three channels
         self.cfg = {key: value for key, value in copy.deepcopy(dict(cfg)).items() if key not in dropped}
         self.cfg.update(data_config, num_classes=classes)
+        if self.license is not None:
+            if not isinstance(self.license, str) or not self.license.strip():
+                raise ValueError(
+                    f"license must be the Hub's name of one ('apache-2.0', 'mit', ...), got {self.license!r}.")
+            self.cfg['license'] = self.license
+        if self.dataset is None and any(key in self.metrics for key in _METRICS):
+            _logger.warning('no data set is given: the Hub will not list the metrics')
         self.cfg['input_size'] = (self.in_chans, *self.cfg['input_size'][1:])
         if self.cfg['input_size'][1:] != tuple(cfg['input_size'][1:]):
             self.cfg.pop('pool_size', None)
@@ -216,8 +227,11 @@ class Release:
             pretrained_cfg=self.cfg, num_classes=self.model.num_classes, num_features=self.model.num_features)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / CONFIG
+            names = self.label_names and list(self.label_names)
+            is_known = self.dataset in DATASETS and names == list(manifest.label_names(self.dataset))
+            descriptions = manifest.label_descriptions(self.dataset) if is_known else None
             save_config_for_hf(
-                stand_in, path, model_config=dict(label_names=self.label_names and list(self.label_names)),
+                stand_in, path, model_config=dict(label_names=names, label_descriptions=descriptions),
                 model_args=self.model_args)
             return path.read_bytes()
 
@@ -231,7 +245,12 @@ class Release:
         """ README.md, see `model_card`."""
         config = json.loads(self.config())
         cfg = {**config['pretrained_cfg'], 'architecture': config['architecture']}  # as whoever loads it will have it
-        return model_card(self.model, title, source, cfg, self.metrics, self.dataset, self.training)
+        own, registered = map(
+            _computation, (self.model, timm.create_model(config['architecture'], device='meta')))
+        return model_card(
+            self.model, title, source, cfg, self.metrics, self.dataset, self.training,
+            arguments={key: value for key, value in own.items() if value != registered[key]},
+            has_names=self.label_names is not None, paper=paper_top1(self.name) if self.name else None)
 
     def files(self, repo_id: str) -> Dict[str, bytes]:
         """ Every file of its repository."""
@@ -243,7 +262,7 @@ class Release:
         return self.card(repo_id.rpartition('/')[2], f'hf-hub:{repo_id}').encode()
 
 
-def zoo_release(name: str) -> Release:
+def zoo_release(name: str, license: Optional[str] = None) -> Release:
     """ A model of the zoo, with what the manifest says of it.
 
     Raises:
@@ -253,7 +272,7 @@ def zoo_release(name: str) -> Release:
     name = name if tag or not _is_ours(arch) else f'{arch}.{timm.get_pretrained_cfg(arch).tag}'
     if name not in manifest.entries():
         raise ValueError(f'{name!r} has no weights in the zoo; {", ".join(sorted(manifest.entries()))} have.')
-    return _of_the_zoo(name, timm.create_model(name, pretrained=True))
+    return _of_the_zoo(name, timm.create_model(name, pretrained=True), license=license)
 
 
 def _of_the_zoo(name: str, model: nn.Module, **given) -> Release:
@@ -301,6 +320,7 @@ def run_release(
         path: Path,
         dataset: Optional[str] = None,
         label_names: Optional[Sequence[str]] = None,
+        license: Optional[str] = None,
 ) -> Release:
     """ The model of a run of timm's train.py, from its output folder or one of its checkpoints.
 
@@ -360,7 +380,7 @@ def run_release(
     if (folder / SUMMARY).is_file():
         files[SUMMARY] = (folder / SUMMARY).read_bytes()
     training = {'seed': args.get('seed'), 'epochs': epoch if epoch is None else epoch + 1, **_told_by(files)}
-    return Release(model, metrics, dataset or known, label_names, data_config, training, files)
+    return Release(model, metrics, dataset or known, label_names, data_config, training, files, license=license)
 
 
 def _class_folders(root: str, args: Dict[str, Any], num_classes: int) -> Optional[Tuple[str, ...]]:
@@ -382,17 +402,18 @@ def folder_release(
         folder: Path,
         dataset: Optional[str] = None,
         label_names: Optional[Sequence[str]] = None,
+        license: Optional[str] = None,
 ) -> Release:
     """ The model of a local folder as `pull` leaves it and timm's 'local-dir:' reads it."""
     model = _load(folder, str(folder))
     name = _zoo_name(model)
     if name is not None:
-        return _of_the_zoo(name, model, dataset=dataset, label_names=label_names)
+        return _of_the_zoo(name, model, dataset=dataset, label_names=label_names, license=license)
     config = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
     extra = {name: (folder / name).read_bytes() for name in (ARGS, SUMMARY) if (folder / name).is_file()}
     return Release(
         model, dataset=dataset, label_names=label_names or config.get('label_names'), training=_told_by(extra),
-        extra=extra)
+        extra=extra, license=license)
 
 
 @contextmanager
@@ -440,7 +461,9 @@ def upload(
             except RemoteEntryNotFoundError:  # not its base class, which an answer that failed to come has too
                 pass
             else:
-                card = merge_cards(Path(existing).read_text(encoding='utf-8-sig'), files[CARD].decode())
+                card = merge_cards(
+                    Path(existing).read_text(encoding='utf-8-sig'), files[CARD].decode(),
+                    release.license is None)
                 files[CARD] = card.encode()
         return api.create_commit(
             repo_id,
@@ -467,13 +490,14 @@ def push_to_hub(
         parent_commit: Optional[str] = None,
         label_names: Optional[Sequence[str]] = None,
         data_config: Optional[Dict[str, Any]] = None,
+        license: Optional[str] = None,
 ) -> str:
     """ Publish a model on the Hub, for `timm.create_model('hf-hub:USER/NAME', pretrained=True)`.
 
     One commit with config.json, model.safetensors and the card. Nothing is guessed of a model that was trained further:
     its metrics, data set and class names are those given here, or none; only a model with the zoo's own weights has
     the zoo's. A card that is there already is made anew but for what others wrote in it and the licence that they
-    chose; else the licence is that of the pretrained cfg. Pushing the same again makes no new commit.
+    chose. Pushing the same again makes no new commit.
 
     Args:
         model: Model of this package from `timm.create_model`, as it is or wrapped (compiled, DDP, EMA).
@@ -489,6 +513,8 @@ def push_to_hub(
         parent_commit: Commit that must be the last one; a later one makes the push fail.
         label_names: Class names in label order.
         data_config: Preprocessing, as `timm.data.resolve_data_config` gives it; the model's pretrained cfg's if None.
+        license: Licence, as the Hub names it ('mit'); if None the one of the repository's card, else of the pretrained
+            cfg.
 
     Returns:
         URL of the commit, or of the pull request.
@@ -498,7 +524,8 @@ def push_to_hub(
         HubError: If the Hub refuses or cannot be reached; the repository is then as it was (one that did not exist may
             be there, empty).
     """
-    given = dict(metrics=metrics, dataset=dataset, label_names=label_names, data_config=data_config)
+    given = dict(
+        metrics=metrics, dataset=dataset, label_names=label_names, data_config=data_config, license=license)
     info = upload(
         _describe(model, **given), repo_id, private=private, token=token, revision=revision,
         commit_message=commit_message, create_pr=create_pr, parent_commit=parent_commit)

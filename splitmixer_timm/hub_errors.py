@@ -115,7 +115,7 @@ def _reason(error: BaseException, revision: Optional[str]) -> str:
         if status in known:
             return f'{known[status]}{message}'
         return f'the Hub answered {status}{message}' + ('; try again later' if status >= 429 else '')
-    endpoint = re.sub('//[^/]*@', '//', constants.ENDPOINT)  # without a user's name and password
+    endpoint = constants.ENDPOINT
     if isinstance(error, TransportError):
         return f'{endpoint} cannot be reached ({type(error).__name__}): check the network'
     if isinstance(error, json.JSONDecodeError):
@@ -135,4 +135,5 @@ def explained(repo_id: str, revision: Optional[str] = None) -> Iterator[None]:
         raise
     except (EntryNotFoundError, HFValidationError, OSError, RuntimeError, SafetensorError, TransportError,
             XetDownloadError, json.JSONDecodeError) as e:
-        raise HubError(f'{repo_id}: {_reason(e, revision)}.') from e
+        reason = re.sub('//[^/@ ]*@', '//', _reason(e, revision))  # an endpoint's without a user's name and password
+        raise HubError(f'{repo_id}: {reason}.') from e

@@ -24,11 +24,10 @@ def _build(model: SplitMixer, dtype: torch.dtype) -> nn.Module:
     raise Unsupported(f'a model on {device}')
 
 
-def _cast_images(model: SplitMixer, args: Tuple[torch.Tensor]) -> Tuple[torch.Tensor]:
-    """ Images in the weights' data type, as the faster forms take them, but in TorchScript and where given by name."""
+def _cast_images(stem: nn.Sequential, args: Tuple[torch.Tensor]) -> Tuple[torch.Tensor]:
+    """ Images in the weights' data type, as the faster forms take them, but in TorchScript."""
     if not torch.jit.is_scripting():
-        if args:
-            return (args[0].to(next(model.parameters()).dtype),)
+        return (args[0].to(next(stem.parameters()).dtype),)
     return args
 
 
@@ -51,7 +50,7 @@ def optimize_for_inference(model: SplitMixer, *, dtype: Optional[torch.dtype] = 
 
     Where there is no such form (a norm other than BatchNorm2d, an activation other than exact GELU and ReLU, a data
     type or device without kernels, a part that was replaced or hooked on to, a subclass) a warning says why and a plain
-    copy of the model in eval mode is returned, whose `forward` casts images to `dtype` as well. On a processor without
+    copy of the model in eval mode is returned, which casts images to `dtype` as well. On a processor without
     instructions for bf16 the fast form computes in fp32 and gives bf16, and a warning says so.
 
     Args:
@@ -83,5 +82,5 @@ def optimize_for_inference(model: SplitMixer, *, dtype: Optional[torch.dtype] = 
     except Unsupported as e:
         warnings.warn(f'optimize_for_inference has no faster form for {e}: the model is copied as it is.', stacklevel=2)
     fallback = copy.deepcopy(model).to(dtype).requires_grad_(False)
-    fallback.register_forward_pre_hook(_cast_images)
+    fallback.stem.register_forward_pre_hook(_cast_images)
     return fallback

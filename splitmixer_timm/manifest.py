@@ -57,10 +57,28 @@ def entries() -> Dict[str, Dict[str, Any]]:
 
 
 @cache
-def label_names(dataset: str) -> Tuple[str, ...]:
-    """ Class names of a data set in label order (ImageNet's: WordNet's lemmas, as in timm's `ImageNetInfo`)."""
+def _labels(dataset: str) -> Tuple[Tuple[str, str], ...]:
     path = _PACKAGE_DIR / 'labels' / f'{dataset}.txt'
-    return tuple(path.read_text(encoding='utf-8').splitlines())
+    lines = path.read_text(encoding='utf-8').splitlines()
+    return tuple((name, description) for name, _, description in (line.partition('\t') for line in lines))
+
+
+def label_names(dataset: str) -> Tuple[str, ...]:
+    """ Class names of a data set in label order, each once (ImageNet's: WordNet's synsets).
+
+    Raises:
+        ValueError: If it is none of those in splitmixer_timm/labels.
+    """
+    datasets = sorted(path.stem for path in (_PACKAGE_DIR / 'labels').glob('*.txt'))
+    if dataset not in datasets:
+        raise ValueError(f'dataset must be one of {", ".join(datasets)}, got {dataset!r}.')
+    return tuple(name for name, _ in _labels(dataset))
+
+
+def label_descriptions(dataset: str) -> Optional[Dict[str, str]]:
+    """ What the class names of a data set stand for (ImageNet's: WordNet's lemmas), None where they say it."""
+    descriptions = dict(_labels(dataset))
+    return descriptions if any(descriptions.values()) else None
 
 
 def check_class_order(names: Sequence[str], dataset: str) -> None:
@@ -181,14 +199,15 @@ def _download(name: str, cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path
 
 
 def weights_file(name: str) -> Path:
-    """ The file of the weights of 'arch.tag', bundled or downloaded, checked against the manifest.
+    """ The file of the weights of 'arch.tag', or of the default tag, bundled or downloaded, checked by the manifest.
 
     Raises:
         RuntimeError: If it is not the one in the manifest, or is nowhere.
     """
     arch, _, tag = name.partition('.')
+    tag = tag or resolve_pretrained_cfg(arch).tag
     overlay = checked_overlay(arch, tag)
-    return bundled_file(name) or Path(overlay['file'])
+    return bundled_file(f'{arch}.{tag}') or Path(overlay['file'])
 
 
 def checked_overlay(
@@ -251,9 +270,13 @@ def checked_overlay(
             path = _download(name, cfg, cache_dir)
             check_file(path, name)
             overlay['file'] = path
+    elif known:
+        raise RuntimeError(
+            f'The weights of {name} should be at {WEIGHTS_DIR / entries()[name]["file"]} and are not: reinstall '
+            'splitmixer-timm.')
     else:
         available = sorted(entries())
         raise RuntimeError(
-            f'No pretrained weights exist for {name}. Use `pretrained=False` for random init, or one of the models '
-            f'that have weights: {", ".join(available) or "none yet"}.')
+            f'No pretrained weights exist for {name}. Those that have weights: {", ".join(available) or "none yet"}; '
+            '`pretrained=False` gives any model random ones.')
     return overlay

@@ -1,4 +1,5 @@
 """ Figures of the paper (arXiv 2207.10255) that ours stand beside. """
+from typing import Optional
 
 # Table 1: top-1 in percent, by data set and type
 TOP1 = {
@@ -7,6 +8,13 @@ TOP1 = {
     'flowers102': dict(conv=60.47, i=62.03, ii=59.33, iii=59.00, iv=61.51),
     'food101': dict(conv=74.59, i=73.56, ii=71.74, iii=72.78, iv=72.92),
 }
+
+
+def top1(name: str) -> Optional[float]:
+    """ Top-1 in percent of 'arch.tag', None where the paper has none, or the tag's recipe is not the paper's."""
+    kind = name.split('_')[1] if name.startswith('splitmixer') else 'conv'
+    return TOP1.get(name.partition('.')[2], {}).get(kind)
+
 
 # Table 3: by model and arguments, what the paper calls it and its images a second on a Tesla V100 32 GB
 TABLE3 = {

@@ -116,7 +116,8 @@ class Classifier:
         labels = cfg.get('label_names')
         # names of other classes than the model's would be worse than none
         fits = isinstance(labels, (list, tuple)) and len(labels) == self.model.num_classes
-        self.labels: Optional[Tuple[str, ...]] = tuple(labels) if fits else None
+        descriptions = cfg.get('label_descriptions') or {}
+        self.labels: Optional[Tuple[str, ...]] = tuple(descriptions.get(n, n) for n in labels) if fits else None
         # a model from elsewhere may carry the tag of what it was fine-tuned from
         self.name = model_name if ':' in model_name else f'{cfg["architecture"]}.{cfg["tag"]}'
 

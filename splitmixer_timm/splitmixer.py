@@ -13,7 +13,7 @@ import math
 import operator
 from collections import OrderedDict
 from functools import partial
-from typing import Any, Callable, Dict, List, Optional, Tuple, Type, Union
+from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
@@ -30,6 +30,7 @@ from timm.layers import (
     get_norm_layer,
 )
 from timm.models import (
+    ConvMixer,
     build_model_with_cfg,
     checkpoint,
     checkpoint_seq,
@@ -51,6 +52,12 @@ _NORM_LAYERS = {
     name: get_norm_layer(name)
     for name in (
         'batchnorm2d', 'layernorm2d', 'layernorm2dfp32', 'rmsnorm2d', 'rmsnorm2dfp32', 'groupnorm', 'groupnorm1')
+}
+# of as many features as an image is wide, these would take a row for the channels, and say nothing
+_LAST_DIM_NORMS = {
+    nn.LayerNorm, nn.RMSNorm,
+    *(get_norm_layer(name) for name in (
+        'layernorm', 'layernormfp32', 'rmsnorm', 'rmsnormfp32', 'simplenorm', 'simplenormfp32')),
 }
 
 
@@ -117,9 +124,16 @@ def _resolve_norm_layer(norm_layer: Union[str, Callable[..., nn.Module]]) -> Cal
     if not isinstance(norm_layer, str):
         if not callable(norm_layer):
             raise ValueError(f'norm_layer must be a module class or a name, got {norm_layer!r}.')
+        layer = norm_layer
+        while isinstance(layer, partial):
+            layer = layer.func
+        if layer in _LAST_DIM_NORMS:
+            raise ValueError(
+                f"norm_layer must be a norm over the channels of (N, C, H, W), as 'layernorm2d' and 'rmsnorm2d' are, "
+                f'got {norm_layer!r}, which is one over the last dimension.')
         return get_norm_layer(norm_layer)
     name = norm_layer.replace('_', '').lower()
-    # features are NCHW: a norm over channels is timm's '2d' layer, whichever way it was asked for
+    # features are NCHW: of the norms of a name, the one over channels is timm's '2d' layer
     layer = _NORM_LAYERS.get(name, _NORM_LAYERS.get(name + '2d'))
     if layer is None:
         raise ValueError(f'norm_layer must be a module class or one of {", ".join(map(repr, _NORM_LAYERS))} '
@@ -149,6 +163,15 @@ def _is_watched(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
         or 'forward' in module.__dict__)
+
+
+def _are_pointwise(convs: Iterable[nn.Module], sizes: Iterable[int]) -> bool:
+    """ Whether convolutions do no more than pointwise ones of as many channels: no adapters, no hooks."""
+    return not _is_everything_watched() and all(
+        type(conv) is nn.Conv2d and conv.bias is not None and conv.in_channels == conv.out_channels == size
+        and conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
+        and not _is_watched(conv)
+        for conv, size in zip(convs, sizes))
 
 
 # Branches on where and how a tensor lies in memory are functions that torch.fx takes as a whole.
@@ -269,7 +292,10 @@ class RowConv2d(nn.Conv2d):
     """ Depthwise 1 x k convolution."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training:
+        is_as_made = (
+            self.padding == 'same' and self.padding_mode == 'zeros' and self.stride == (1, 1)
+            and self.dilation == (1, 1) and self.groups == self.in_channels == self.out_channels)
+        if self.training and is_as_made:
             return _row_conv(x, self.weight, self.bias)
         return self._conv_forward(x, self.weight, self.bias)
 
@@ -309,6 +335,9 @@ class SharedSegmentMixing(nn.Module):
         self.conv = nn.Conv2d(self.segment_dim, self.segment_dim, kernel_size=1, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            if not _are_pointwise([self.conv], [self.segment_dim]):
+                return torch.cat([self.conv(segment) for segment in x.chunk(self.num_segments, dim=1)], dim=1)
         return _unpack_segments(self.conv(_pack_segments(x, self.num_segments)), x)
 
 
@@ -321,18 +350,9 @@ class SeparateSegmentMixing(nn.Module):
         self.sizes = [size] * (num_segments - 1) + [dim - size * (num_segments - 1)]
         self.convs = nn.ModuleList([nn.Conv2d(s, s, kernel_size=1, device=device, dtype=dtype) for s in self.sizes])
 
-    @torch.jit.ignore
-    def _are_plain(self) -> bool:
-        """ Whether the convolutions do no more than their weights and biases say: no adapters, no hooks."""
-        return not _is_everything_watched() and all(
-            type(conv) is nn.Conv2d and conv.bias is not None and conv.in_channels == conv.out_channels == size
-            and conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
-            and not _is_watched(conv)
-            for size, conv in zip(self.sizes, self.convs))
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if not self._are_plain():
+            if not _are_pointwise(self.convs, self.sizes):
                 segments = x.split(self.sizes, dim=1)
                 return torch.cat([conv(segments[i]) for i, conv in enumerate(self.convs)], dim=1)
         weights: List[torch.Tensor] = []
@@ -543,7 +563,8 @@ class SplitMixer(nn.Module):
         dtype: Data type of the parameters.
 
     Raises:
-        ValueError: If an argument is out of range, of the wrong kind, or has no effect with the others.
+        ValueError: If an argument is out of range or of the wrong kind, is one that the type of channel mixing does not
+            have, or asks for a residual, or for stochastic depth of one, that there is not.
     """
 
     def __init__(
@@ -672,6 +693,13 @@ class SplitMixer(nn.Module):
         self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.head.train(self.training)
 
+    @torch.jit.ignore
+    def _has_own_stem(self) -> bool:
+        """ Whether the patch embedding is the one this was made with: another says itself what it takes."""
+        conv = self.stem[0]
+        return type(conv) is nn.Conv2d and (conv.in_channels, conv.kernel_size, conv.padding) == (
+            self.in_chans, (self.patch_size, self.patch_size), (0, 0))
+
     def _check_input(self, x: torch.Tensor) -> None:
         _assert(x.dim() == 4, f'Input must have 4 dimensions (N, in_chans, H, W), got {x.dim()}.')
         channels, height, width, patch = x.shape[1], x.shape[2], x.shape[3], self.patch_size
@@ -686,7 +714,10 @@ class SplitMixer(nn.Module):
 
     def _embed(self, x: torch.Tensor) -> torch.Tensor:
         """ Images to the input of the first block."""
-        self._check_input(x)
+        if torch.jit.is_scripting():
+            self._check_input(x)
+        elif self._has_own_stem():
+            self._check_input(x)
         x = self.stem(_to_fast_format(x))
         return _to_fast_format(x)  # an image of one channel does not tell its format
 
@@ -699,8 +730,7 @@ class SplitMixer(nn.Module):
         """
         if (
                 torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
-                or isinstance(x, torch.fx.Proxy) or x.device.type != 'cpu' or _is_transformed()
-                or _is_everything_watched()
+                or isinstance(x, torch.fx.Proxy) or x.device.type != 'cpu' or _is_everything_watched()
         ):
             return 0
         size = max(1, PIECE_BYTES * torch.get_num_threads() * len(x) // max(1, x.nbytes))
@@ -854,11 +884,12 @@ def checkpoint_filter_fn(
 
     Takes this package's own names, the published package's (types I to V, 3D and the ConvMixer baselines), the flat
     sequence of the paper's slides and timm's ConvMixer, with or without a `module.` prefix, bare or inside a training
-    checkpoint (`state_dict_ema` is preferred to `state_dict`).
+    checkpoint (`state_dict_ema` is preferred to `state_dict`). Types II and III of two segments have the same names and
+    shapes: which of them a checkpoint is of, it does not tell.
 
     Args:
         state_dict: Checkpoint.
-        model: `SplitMixer` of the same architecture.
+        model: `SplitMixer`, or timm's `ConvMixer`, of the same architecture.
         strict: Of this package's own names too, none but the classifier's may be missing or left over; otherwise that
             is up to `load_state_dict`.
 
@@ -875,11 +906,19 @@ def checkpoint_filter_fn(
     state_dict = clean_state_dict(state_dict)
 
     depth = len(model.blocks)
-    mixer = getattr(model.blocks[0].channel_mixing, 'mixer', None)
-    is_full = isinstance(mixer, SegmentMixing) and mixer.is_first and mixer.is_last
-    names = list(dict.fromkeys([*(key.rpartition('.')[0] for key in model.state_dict()), 'head']))
-    candidates = [{name: name for name in names}]
-    candidates += [{_module_in_layout(name, layout, depth, is_full): name for name in names}
+    modules = list(dict.fromkeys([*(key.rpartition('.')[0] for key in model.state_dict()), 'head']))
+    if isinstance(model, ConvMixer):
+        is_full = True
+        parts = ('spatial_mixing.conv1', 'spatial_mixing.norm1', 'channel_mixing.mixer.conv', 'channel_mixing.norm')
+        names = ['stem.0', 'stem.2', *(f'blocks.{i}.{part}' for i in range(depth) for part in parts), 'head']
+        own = {name: _module_in_layout(name, _LAYOUTS['timm ConvMixer'], depth, is_full) for name in names}
+    else:
+        mixer = getattr(model.blocks[0].channel_mixing, 'mixer', None)
+        is_full = isinstance(mixer, SegmentMixing) and mixer.is_first and mixer.is_last
+        names = modules
+        own = {name: name for name in names}
+    candidates = [{name: name for name in modules}, own]
+    candidates += [{_module_in_layout(name, layout, depth, is_full): own[name] for name in names}
                    for layout in _LAYOUTS.values()]
     given = {key.rpartition('.')[0] or key for key in state_dict}
     renames = max(candidates, key=lambda candidate: len(given & candidate.keys()))
@@ -932,7 +971,7 @@ def _cfg(name: str, dataset: str, patch_size: int, **kwargs) -> Dict[str, Any]:
     return {
         **cfg,
         'pool_size': tuple(size // patch_size for size in cfg['input_size'][1:]),
-        'label_names': manifest.label_names(dataset),
+        'label_names': manifest.label_names(dataset), 'label_descriptions': manifest.label_descriptions(dataset),
         'first_conv': 'stem.0', 'classifier': 'head',
         'license': manifest.entries().get(name, {}).get('license', 'apache-2.0'),
         'paper_ids': 'arXiv:2207.10255', 'paper_name': 'SplitMixer: Fat Trimmed From MLP-like Models',
@@ -986,14 +1025,14 @@ def create_variant(model_cls: Type[nn.Module], variant: str, pretrained: bool = 
         model_cls,
         variant,
         pretrained,
-        pretrained_filter_fn=filter_fn if issubclass(model_cls, SplitMixer) else None,
+        pretrained_filter_fn=filter_fn,
         feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
         **kwargs,
     )
     if isinstance(model, model_cls):
-        # timm keeps no record of these, and a model that is published must be built again as it was
-        names = inspect.signature(model_cls).parameters.keys() - {'num_classes', 'device', 'dtype'}
-        model.model_args = {name: value for name, value in kwargs.items() if name in names}
+        # timm adds what its create_model was given; this is what makes the variant, for a model that is published
+        names = inspect.signature(model_cls).parameters.keys() - {'device', 'dtype'}
+        model._model_args = {name: value for name, value in kwargs.items() if name in names}
     return model
 
 

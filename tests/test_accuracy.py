@@ -1,12 +1,10 @@
 """ The manifest's figures, measured again on the real test sets. """
 import shutil
-import subprocess
-import sys
 
 import pytest
 import timm
 import torch
-from conftest import DATA_DIR
+from conftest import real_images
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -18,17 +16,10 @@ pytestmark = pytest.mark.data
 NAME = 'splitmixer_i_256_8.cifar10'
 
 
-def unpack(folder, dataset, *args):
-    if not (DATA_DIR / dataset).is_dir():
-        pytest.skip(f'{dataset} is not at hand (SPLITMIXER_DATA names its folder)')
-    command = [sys.executable, DATA_DIR / 'unpack.py', dataset, folder / dataset, '--split', 'test', *args]
-    subprocess.run(command, check=True)
-    return folder
-
-
 @pytest.fixture(scope='module')
 def test_set(tmp_path_factory):
-    return unpack(tmp_path_factory.mktemp('data'), 'cifar10') / 'cifar10' / 'validation'
+    folder = tmp_path_factory.mktemp('data') / 'cifar10'
+    return real_images('cifar10', folder, splits=('validation',)) / 'validation'
 
 
 def test_whole_official_test_set(test_set):
@@ -100,7 +91,7 @@ class TestVerifyData:
         return entry['metrics']
 
     def test_agrees_and_differs(self, tmp_path, metrics, capsys):
-        folder = unpack(tmp_path, 'cifar10', '--per-class', '5')
+        folder = real_images('cifar10', tmp_path / 'cifar10', 5, ('validation',)).parent
         measured = evaluate(NAME, folder / 'cifar10' / 'validation')
         assert measured.images == 50
         metrics.update(top1=measured.top1, top5=measured.top5, images=50)
@@ -125,7 +116,7 @@ class TestVerifyData:
             evaluate('splitmixer_i_256_8_ks7_p7.flowers102', tmp_path / 'flowers102' / 'validation')
 
     def test_other_classes(self, tmp_path, metrics, capsys):
-        folder = unpack(tmp_path, 'cifar100', '--per-class', '1')
+        folder = real_images('cifar100', tmp_path / 'cifar100', 1, ('validation',)).parent
         (folder / 'cifar100').rename(folder / 'cifar10')
         assert cli.main(['verify', '--data', str(folder)]) == 2
         assert 'must have 10 class folders' in capsys.readouterr().err
@@ -140,5 +131,5 @@ class TestVerifyData:
                 return torch.arange(10.).flip(0).expand(len(x), 10)
 
         monkeypatch.setattr('splitmixer_timm.evaluate.create_model', lambda *args, **kwargs: Constant())
-        folder = unpack(tmp_path, 'cifar10', '--per-class', '3')
+        folder = real_images('cifar10', tmp_path / 'cifar10', 3, ('validation',)).parent
         assert evaluate('constant', folder / 'cifar10' / 'validation') == Accuracy(top1=10., top5=50., images=30)

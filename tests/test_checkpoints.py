@@ -48,6 +48,28 @@ def test_public_layouts(layout, wrapping, images):
         torch.testing.assert_close(model(images), expected(images), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize('layout', ['package-convmixer', 'timm-convmixer', 'own'])
+def test_convmixer(layout, images):
+    """ The baseline takes the same checkpoints as the SplitMixer that is a ConvMixer, and that one's."""
+    model_args = LAYOUTS['package-convmixer'][1]
+    expected = randomize(SplitMixer(24, 4, num_classes=10, **model_args) if layout == 'own' else LAYOUTS[layout][0]())
+    model = timm.models.ConvMixer(24, 4, 5, 2, num_classes=10).eval()
+    model.load_state_dict(checkpoint_filter_fn(expected.state_dict(), model), strict=True)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), expected(images), rtol=1e-5, atol=1e-5)
+    with pytest.raises(RuntimeError, match='does not fit ConvMixer'):
+        checkpoint_filter_fn(reference.Package('i', 24, 4).state_dict(), model)
+
+
+def test_convmixer_through_create_model(tmp_path, images):
+    expected = randomize(reference.Package('full', 256, 8, two_d=True))
+    torch.save(expected.state_dict(), tmp_path / 'published.pth')
+    overlay = dict(file=str(tmp_path / 'published.pth'))
+    model = timm.create_model('convmixer_256_8', pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), expected(images), rtol=1e-4, atol=1e-4)
+
+
 def test_public_key_names():
     """ The references that stand for public checkpoints name their modules as those do."""
     assert {'patch_emb.0.weight', 'patch_emb.2.running_mean', 'mixer_blocks.0.fn.5.bias', 'mixer_blocks.1.2.weight',

@@ -17,12 +17,14 @@ import yaml
 from conftest import BASELINES, ROOT, SPLITMIXERS
 from hub_server import HubServer, use_hub
 from huggingface_hub import constants
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load, load_file
 from torch import nn
 
 import splitmixer_timm
 from splitmixer_timm import HubError, card, cli, hub, manifest, pull_from_hub, push_to_hub
+from splitmixer_timm.hub_errors import explained
 
 NAME = 'splitmixer_ii_256_8.cifar10'
 ZOO = 'splitmixer_i_256_8.cifar10'
@@ -141,6 +143,7 @@ class TestRoundTrip:
         for again in (timm.create_model(f'hf-hub:{REPO}', pretrained=True), pull_from_hub(REPO)):
             assert_same(model, again)
             assert again.num_classes == model.num_classes
+            assert not any(isinstance(module, timm.layers.DropPath) for module in again.modules())
             assert timm.data.resolve_model_data_config(again)['input_size'][0] == model.stem[0].in_channels
 
     def test_wrapped_and_laid_out_otherwise(self, server):
@@ -284,6 +287,39 @@ class TestContents:
         new = files(server)['README.md'].decode()
         assert new.startswith('---\n')
         assert '# By hand\n\nText.' in new
+
+
+class TestCardOfAModel:
+    def test_what_differs_from_the_registered(self):
+        text = hub.Release(create(act_layer=nn.ReLU, overlap_ratio='6/11', name='splitmixer_i_256_8')).card('a', 'a')
+        changes = '`dim=16`, `depth=2`, `overlap_ratio=6/11`, `act_layer=relu`'
+        assert f'- Architecture: `splitmixer_i_256_8`, but with {changes}\n' in text
+        text = hub.zoo_release(ZOO).card('a', 'a')
+        assert '- Architecture: `splitmixer_i_256_8`\n' in text
+
+    @pytest.mark.parametrize(('name', 'said'), [
+        (ZOO, 'bicubic interpolation, center crop of 100%'),
+        (ZOO, "- The paper's top-1 accuracy, %: 93.91, after 100 epochs with its full recipe\n"),
+        ('convmixer_256_8_ks7_p7.flowers102', 'bilinear interpolation, squashed to that size'),
+        ('convmixer_256_8_ks7_p7.flowers102', 'full recipe; it does not say on which splits it trained\n'),
+        ('convmixer_256_8_ks7_p7.flowers102', '- Note: training images were resized to 230 x 230 beforehand; the log'),
+    ])
+    def test_what_a_figure_depends_on(self, name, said):
+        assert said in hub.zoo_release(name).card(name, name)
+
+    def test_example(self):
+        """ It tells the class by name where names are known."""
+        assert "pretrained_cfg['label_names']" in hub.zoo_release(ZOO).card(ZOO, ZOO)
+        text = hub.Release(create()).card('a', 'a')
+        assert "pretrained_cfg['label_names']" not in text
+        assert 'print(probabilities.topk(5))' in text
+
+    def test_metrics_without_a_data_set(self, caplog):
+        """ The Hub takes none of those."""
+        hub.Release(create(), metrics=dict(top1=90), dataset='cifar10')
+        assert not caplog.text
+        hub.Release(create(), metrics=dict(top1=90))
+        assert 'no data set is given: the Hub will not list the metrics' in caplog.text
 
 
 class TestRefused:
@@ -489,6 +525,14 @@ class TestErrors:
         with pytest.raises(HubError) as error:
             pull_from_hub(REPO)
         assert '//127.0.0.1' in told(error)
+
+    def test_password_in_an_answer(self, server):
+        """ Whatever names the endpoint."""
+        url = f'{constants.ENDPOINT.replace("//", "//user:secret@")}/{REPO}/resolve/main/model.safetensors'
+        with pytest.raises(HubError) as error, explained(REPO):
+            raise EntryNotFoundError(f'404\n\nEntry Not Found for url: {url}.')
+        assert 'a file is missing (Entry Not Found for url: http://127.0.0.1' in str(error.value)
+        assert 'secret' not in str(error.value)
 
     def test_reason_of_a_refusal(self, server, monkeypatch):
         """ What the Hub says itself is passed on."""
@@ -805,7 +849,7 @@ class TestCommandLine:
         assert cli.main(['card', str(tmp_path / 'pulled')]) == 0
         assert TOLD in capsys.readouterr().out
 
-    @pytest.mark.parametrize('repo_id', ['bad name/x', 'a/b/c'])
+    @pytest.mark.parametrize('repo_id', ['bad name/x', 'a/b/c', 'name'])
     def test_dry_run_of_a_name_that_the_hub_refuses(self, server, capsys, repo_id):
         assert cli.main(['push', ZOO, repo_id, '--dry-run']) == 2
         out, err = capsys.readouterr()
@@ -926,6 +970,10 @@ class TestCommandLine:
         (tmp_path / 'labels.txt').write_text('\n'.join('klmnopqrst'))
         assert cli.main(['push', str(folder), REPO, '--label-names', str(tmp_path / 'labels.txt')]) == 0
         assert json.loads(files(server)['config.json'])['label_names'] == list('klmnopqrst')
+
+    def test_label_names_that_are_not_there(self, run_dir, capsys):
+        assert cli.main(['push', str(run_dir[0]), REPO, '--label-names', 'nowhere.txt']) == 2
+        assert '--label-names: nowhere.txt cannot be read: No such file or directory' in capsys.readouterr().err
 
     @pytest.mark.parametrize('there', ['nothing', 'other classes', 'no class map'])
     def test_class_folders_that_are_the_runs_no_more(self, server, run_dir, tmp_path, caplog, monkeypatch, there):
@@ -1058,6 +1106,20 @@ class TestCard:
         push_to_hub(create(**kwargs), REPO, token=TOKEN)
         names = self.run_snippet(files(server)['README.md'].decode(), tmp_path)
         assert isinstance(names['model'], splitmixer_timm.SplitMixer)
+
+    def test_licence_that_is_given(self, server):
+        """ It replaces the repository's; another push without one leaves it."""
+        server.create_repo(REPO).commit({'README.md': b'---\nlicense: cc-by-nc-4.0\n---'}, 'First')
+        push_to_hub(create(), REPO, token=TOKEN, license='mit')
+        assert json.loads(files(server)['config.json'])['pretrained_cfg']['license'] == 'mit'
+        push_to_hub(create(num_classes=3), REPO, token=TOKEN)
+        assert yaml.safe_load(files(server)['README.md'].decode().split('---')[1])['license'] == 'mit'
+        with pytest.raises(ValueError, match="license must be the Hub's name of one"):
+            push_to_hub(create(), REPO, token=TOKEN, license='')
+
+    def test_licence_of_the_command_line(self, server, run_dir):
+        assert cli.main(['push', str(run_dir[0]), REPO, '--token', TOKEN, '--license', 'mit']) == 0
+        assert yaml.safe_load(files(server)['README.md'].decode().split('---')[1])['license'] == 'mit'
 
     def test_licence_is_the_models(self, server):
         model = create()

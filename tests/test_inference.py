@@ -528,7 +528,8 @@ class TestFallback:
         assert difference(lambda x: fallback(x).float(), model, images) < 1e-6
         for given in (torch.bfloat16, torch.float64):
             assert fallback(images.to(given)).dtype == (dtype or torch.float32)
-        assert torch.equal(fallback(x=images.to(dtype or torch.float32)), fallback(images))
+        assert torch.equal(fallback(x=images), fallback(images))
+        assert fallback.forward_features(images).dtype == (dtype or torch.float32)
         assert torch.equal(copy.deepcopy(fallback)(images), fallback(images))
 
     def test_scripted(self, images):

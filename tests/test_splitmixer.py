@@ -8,6 +8,7 @@ import timm
 import torch
 from conftest import KINDS
 from reference import randomize
+from timm.layers import RmsNorm
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
@@ -73,14 +74,20 @@ class TestCustomisedConvolutions:
         lambda: nn.Conv2d(12, 12, 3, padding=1), lambda: nn.Conv2d(12, 12, 1, bias=False),
         lambda: nn.Conv2d(12, 12, 1, groups=2), lambda: nn.Conv2d(12, 16, 1),
     ], ids=['3x3', 'no bias', 'groups', 'wider'])
-    def test_replaced_convolutions(self, other, images):
-        """ Others that are put in place of type IV's are called as they are."""
-        model = SplitMixer(24, 2, channel_mixing='iv').eval()
-        mixer = model.blocks[1].channel_mixing.mixer
-        mixer.convs[1] = other()
+    @pytest.mark.parametrize('kind', ['iii', 'iv'])
+    def test_replaced_convolutions(self, kind, other):
+        """ Others that are put in place of type III's and IV's are called as they are."""
+        mixer = SplitMixer(24, 2, channel_mixing=kind).eval().blocks[1].channel_mixing.mixer
+        if kind == 'iii':
+            mixer.conv = other()
+            convs = [mixer.conv, mixer.conv]
+        else:
+            mixer.convs[1] = other()
+            convs = mixer.convs
         x = torch.randn(2, 24, 5, 6)
-        expected = torch.cat([mixer.convs[0](x[:, :12]), mixer.convs[1](x[:, 12:])], dim=1)
-        torch.testing.assert_close(mixer(x), expected)
+        expected = torch.cat([convs[0](x[:, :12]), convs[1](x[:, 12:])], dim=1)
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            torch.testing.assert_close(mixer(x.contiguous(memory_format=memory_format)), expected)
 
     def test_backward_hooks_and_own_forwards(self, images):
         model, seen = self.model(), []
@@ -538,6 +545,18 @@ class TestMemoryFormat:
         for name, buffer in buffers.items():
             torch.testing.assert_close(buffer, theirs[name])
 
+    @pytest.mark.parametrize('change', [dict(padding_mode='circular'), dict(dilation=(1, 2)), dict(padding=(0, 1))])
+    def test_changed_rows_in_train_mode(self, change):
+        """ A convolution that was changed in place is what it was changed to in train mode as well."""
+        x, conv = torch.randn(2, 6, 5, 9), splitmixer.RowConv2d(6, 6, (1, 3), groups=6, padding='same')
+        for name, value in change.items():
+            setattr(conv, name, value)
+        plain = nn.Conv2d(6, 6, (1, 3), groups=6, **{'padding': 'same', **change})
+        plain.load_state_dict(conv.state_dict())
+        conv._reversed_padding_repeated_twice = plain._reversed_padding_repeated_twice
+        torch.testing.assert_close(conv(x), plain(x))
+        torch.testing.assert_close(conv.eval()(x), plain(x))
+
     @pytest.mark.parametrize('kernel_size', [1, 4, 5])
     def test_rows_in_train_mode(self, kernel_size):
         conv = SplitMixer(6, 1, kernel_size=kernel_size, dtype=torch.double).blocks[0].spatial_mixing.conv1
@@ -609,6 +628,8 @@ class TestBadInput:
         (dict(spatial_mixing='4d'), ('spatial_mixing', "'4d'", "'2d'")),
         (dict(norm_layer='nonorm'), ('norm_layer', "'nonorm'", "'layernorm2d'")),
         (dict(norm_layer=7), ('norm_layer', '7')),
+        (dict(norm_layer=nn.LayerNorm), ('norm_layer', 'LayerNorm', "'layernorm2d'", 'last dimension')),
+        (dict(norm_layer=partial(RmsNorm, eps=1e-5)), ('norm_layer', 'RmsNorm', "'rmsnorm2d'")),
         (dict(act_layer='nonact'), ('act_layer', "'nonact'", "'gelu'")),
         (dict(act_layer=7), ('act_layer', '7')),
         (dict(depth=0), ('depth', '0', 'at least 1')),
@@ -678,6 +699,14 @@ class TestBadInput:
     def test_image_smaller_than_patch_in_script(self):
         with pytest.raises(torch.jit.Error, match='height must be at least patch_size=7, got 6'):
             torch.jit.script(SplitMixer(12, 1, patch_size=7))(torch.randn(1, 3, 6, 9))
+
+    def test_replaced_stem(self):
+        """ Another patch embedding says itself what it takes."""
+        model = SplitMixer(12, 1)
+        model.stem[0] = nn.Conv2d(4, 12, 3, stride=2, padding=1)
+        assert model(torch.randn(1, 4, 1, 8)).shape == (1, 1000)
+        with pytest.raises(RuntimeError, match='4 channels, but got 3'):
+            model(torch.randn(1, 3, 8, 8))
 
     def test_wrong_channel_count(self):
         with pytest.raises(AssertionError, match='in_chans=3 channels, got 1'):

@@ -143,6 +143,13 @@ class TestContract:
             model.set_grad_checkpointing(enable)
             kept.append(measure_activation_bytes(model, tuple(x.shape[1:])))
         assert kept[1] < kept[0] / 2
+        calls = []
+        for block in model.blocks:
+            block.register_forward_pre_hook(lambda *args: calls.append(args[0]))
+        for forward in (model, lambda x: model.forward_intermediates(x, intermediates_only=True)[1]):
+            calls.clear()
+            forward(x).sum().backward()
+            assert [calls.count(block) for block in model.blocks] == [2, 2]
 
     def test_prune_intermediate_layers(self, name):
         model, x = small(name)

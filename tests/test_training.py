@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 import torch.multiprocessing
-from conftest import BASELINES, DATA_DIR, ROOT, SPLITMIXERS
+from conftest import BASELINES, ROOT, SPLITMIXERS, real_images
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
@@ -86,11 +86,7 @@ def folders(tmp_path_factory):
     """ A few real images of each class of CIFAR-10, in folders."""
     if not SCRIPTS:
         pytest.skip("SPLITMIXER_TIMM_SCRIPTS does not name a folder with timm's scripts")
-    if not (DATA_DIR / 'unpack.py').is_file():
-        pytest.skip('CIFAR-10 is not at hand (SPLITMIXER_DATA names its folder)')
-    folder = tmp_path_factory.mktemp('cifar10')
-    subprocess.run([sys.executable, DATA_DIR / 'unpack.py', 'cifar10', folder, '--per-class', '16'], check=True)
-    return folder
+    return real_images('cifar10', tmp_path_factory.mktemp('cifar10'), 16)
 
 
 @pytest.mark.data

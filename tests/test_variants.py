@@ -8,7 +8,7 @@ import sys
 import pytest
 import timm
 import torch
-from conftest import BASELINES, DATA_DIR, SPLITMIXERS
+from conftest import BASELINES, SPLITMIXERS, real_images
 from timm.data import ImageNetInfo, resolve_data_config
 from timm.models import generate_default_cfgs, get_arch_pretrained_cfgs, get_pretrained_cfg
 
@@ -102,16 +102,20 @@ def test_label_names():
     flowers = manifest.label_names('flowers102')
     assert (len(set(flowers)), flowers[0], flowers[101]) == (102, 'pink primrose', 'blackberry lily')
     info = ImageNetInfo('imagenet-1k')
-    assert list(manifest.label_names('in1k')) == [info.index_to_description(i) for i in range(1000)]
+    assert list(manifest.label_names('in1k')) == info.label_names()
+    assert manifest.label_descriptions('in1k') == info.label_descriptions(as_dict=True)
+    assert manifest.label_descriptions('cifar10') is None
+    cfg = get_pretrained_cfg('splitmixer_i_768_32')
+    assert cfg.label_descriptions[cfg.label_names[0]] == 'tench, Tinca tinca'
+    with pytest.raises(ValueError, match="dataset must be one of cifar10, cifar100, .*, got 'mnist'"):
+        manifest.label_names('mnist')
 
 
 @pytest.mark.data
 @pytest.mark.parametrize('dataset', ['cifar10', 'cifar100'])
-def test_label_names_are_the_data_sets(dataset):
-    path = DATA_DIR / dataset / 'classes.txt'
-    if not path.is_file():
-        pytest.skip(f'{dataset} is not at hand (SPLITMIXER_DATA names its folder)')
-    assert manifest.label_names(dataset) == tuple(path.read_text().split())
+def test_label_names_are_the_data_sets(dataset, tmp_path):
+    folder = real_images(dataset, tmp_path, 1, ('validation',)) / 'validation'
+    assert manifest.label_names(dataset) == tuple(sorted(path.name for path in folder.iterdir()))
 
 
 @pytest.mark.parametrize('with_weights', [(), ('cifar100',), ('cifar10',), ('cifar10', 'cifar100'), ('plus',)])

@@ -198,8 +198,13 @@ class TestDamaged:
 
     def test_missing_and_unpublished(self, zoo):
         zoo.path.unlink()
-        with pytest.raises(RuntimeError, match='No pretrained weights'):
+        with pytest.raises(RuntimeError, match=f'weights of {NAME} should be at {zoo.path} and are not: reinstall'):
             zoo.create()
+
+    @pytest.mark.parametrize('name', [NAME, 'splitmixer_i_256_8'])
+    def test_weights_file(self, name):
+        """ Of the default tag where none is given."""
+        assert manifest.weights_file(name) == manifest.bundled_file(NAME)
 
     def test_own_file_is_truncated(self, zoo, tmp_path):
         path = tmp_path / 'own.safetensors'
