@@ -205,6 +205,14 @@ def precision(run_args: Dict[str, Any]) -> str:
     return f'amp_dtype {run_args.get("amp_dtype", "float16")}' if run_args.get('amp') else 'amp False'
 
 
+def trained_in(folder: Path) -> List[str]:
+    """ What each part of a run was computed in, in the terms of `precision`."""
+    file = folder / MADE_ON
+    parts = (yaml.safe_load(file.read_text(encoding='utf-8')) if file.is_file() else None) or [{}]
+    # a run begun by hand, or by a version that kept less, tells of its last part alone
+    return [part.get('precision') or precision(read_args(folder)) for part in parts]
+
+
 def last_checkpoint(folder: Path) -> Optional[Path]:
     """ The latest checkpoint of a run, as its last.pth.tar; None if it has none at all.
 
@@ -360,8 +368,7 @@ def add(model: Model, scripts: Path, data_dir: Path, device: str) -> Optional[Di
         check_args(run)
     if is_added(model):
         return None
-    parts = [part for run in model.runs for part in yaml.safe_load((run.folder / MADE_ON).read_text(encoding='utf-8'))]
-    precisions = list(dict.fromkeys(part['precision'] for part in parts))
+    precisions = list(dict.fromkeys(part for run in model.runs for part in trained_in(run.folder)))
     recipe = [model.recipe, *([', then '.join(precisions)] if precisions != [RECIPES_PRECISION] else [])]
     return add_runs(
         model.name, [run.folder for run in model.runs], model.dataset, data_dir / model.dataset, scripts,

@@ -220,6 +220,11 @@ def test_gone_on_with_where_nothing_was_kept(zoo, kept):
     assert zoo.run(OTHER) == 0
     machines = [part['machine'] for part in yaml.safe_load((folder / runs.MADE_ON).read_text())]
     assert machines == [*(['an unknown machine'] if kept is None else []), device_name('cpu')]
+    (folder / runs.MADE_ON).unlink()
+    here = 'amp_dtype bfloat16' if has_bfloat16() else 'amp False'
+    assert train_zoo.trained_in(folder) == [here]
+    (folder / runs.MADE_ON).write_text('[{machine: A GPU}, {machine: A GPU, precision: amp_dtype float16}]')
+    assert train_zoo.trained_in(folder) == [here, 'amp_dtype float16']
 
 
 @pytest.mark.usefixtures('validated')
