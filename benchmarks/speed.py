@@ -269,9 +269,10 @@ def main(argv: Optional[List[str]] = None) -> int:
         setting = dict(
             common, model=name, mode=task.mode, precision=task.precision, batch_size=str(task.batch_size),
             img_size=str(get_pretrained_cfg(name).input_size[-1]), memory=memory)
-        # forms that are not there any more: rows are compared with the plain one of their own run
-        key = tuple(setting[column] for column in results.key[:-1])
-        results.rows = {old: row for old, row in results.rows.items() if old[:-1] != key}
+        if any(row['form'] == 'plain' and 'error' not in row for row in rows):
+            # what an earlier run measured of forms that are gone: rows are compared with the plain one of their own run
+            key = tuple(setting[column] for column in results.key[:-1])
+            results.rows = {old: row for old, row in results.rows.items() if old[:-1] != key}
         for row in rows:
             failures += 'error' in row
             results.put({**dict.fromkeys(results.columns, ''), **setting, **row})

@@ -2,7 +2,7 @@
 import re
 from dataclasses import dataclass
 from statistics import mean, stdev
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
@@ -98,7 +98,7 @@ _METRICS = {'top1': 'top-1 accuracy, %', 'top5': 'top-5 accuracy, %'}
 _OWNED = {'library_name', 'pipeline_tag', 'datasets', 'model-index'}
 
 
-def _snippet(source: str, num_classes: int, in_chans: int, has_names: bool) -> List[str]:
+def _snippet(source: str, num_classes: int, in_chans: int, label_fields: Sequence[str]) -> List[str]:
     """ Python that loads the model and gives it an image."""
     create = f"model = timm.create_model('{source}', pretrained=True).eval()"
     if in_chans in (1, 3):
@@ -116,10 +116,12 @@ def _snippet(source: str, num_classes: int, in_chans: int, has_names: bool) -> L
             "images = torch.rand(1, *timm.data.resolve_model_data_config(model)['input_size'])",
         ]
     lines.append('with torch.inference_mode():')
-    if num_classes and has_names:
+    if num_classes and 'label_names' in label_fields:
+        label = "model.pretrained_cfg['label_names'][probabilities.argmax()]"
+        if 'label_descriptions' in label_fields:
+            label = f"model.pretrained_cfg['label_descriptions'][{label}]"
         return lines + [
-            '    probabilities = model(images).softmax(-1)',
-            "print(model.pretrained_cfg['label_names'][probabilities.argmax()], f'{probabilities.max():.0%}')"]
+            '    probabilities = model(images).softmax(-1)', f"print({label}, f'{{probabilities.max():.0%}}')"]
     if num_classes:
         return lines + [
             '    probabilities = model(images).softmax(-1)',
@@ -164,7 +166,7 @@ def model_card(
         dataset: Optional[str] = None,
         training: Optional[Dict[str, Any]] = None,
         arguments: Optional[Dict[str, Any]] = None,
-        has_names: bool = False,
+        label_fields: Sequence[str] = (),
         paper: Optional[float] = None,
 ) -> str:
     """ Card of a model: metadata of the Hub in YAML, then Markdown.
@@ -179,7 +181,7 @@ def model_card(
         dataset: What it was trained on: one of `DATASETS`, an id of the Hub, or any name.
         training: How it was trained, in the manifest's terms.
         arguments: Arguments in which it differs from the architecture as it is registered.
-        has_names: Whether it comes with the names of its classes.
+        label_fields: Which of 'label_names' and 'label_descriptions' its cfg will have.
         paper: Top-1 in percent that the paper gives for it.
     """
     metrics, training, known = metrics or {}, training or {}, DATASETS.get(dataset)
@@ -205,7 +207,8 @@ def model_card(
         f'- Classes: {cfg["num_classes"]:,}', '',
         '## Use', '',
         'Needs `timm` and `splitmixer_timm`, which registers the architecture.', '',
-        '```python', *_snippet(source, cfg['num_classes'], data['input_size'][0], has_names), '```', '',
+        '```python', *_snippet(source, cfg['num_classes'], data['input_size'][0], label_fields), '```',
+        '',
         '## Intended use', '', INTENDED_USE, '',
         '## Evaluation', '',
     ]
@@ -326,7 +329,10 @@ def merge_cards(existing: str, new: str, keep_licence: bool = True) -> str:
             old_body[:generated.start()], body, *(f'\n{section}\n' for section in own), old_body[generated.end():]])
     elif old_body.strip():
         body = f'{body}\n{old_body}'
-    if keep_licence and old_metadata.get('license'):
+    replaced = metadata.keys() | _OWNED
+    if not keep_licence:
+        replaced |= {'license_name', 'license_link'}
+    elif old_metadata.get('license'):
         metadata['license'] = old_metadata['license']
-    kept = ''.join(line for key, line in lines.items() if key not in metadata.keys() | _OWNED)
+    kept = ''.join(line for key, line in lines.items() if key not in replaced)
     return _join(metadata, body, kept)

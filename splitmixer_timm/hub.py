@@ -30,6 +30,7 @@ from huggingface_hub.errors import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from timm.data import create_dataset, resolve_data_config
+from timm.layers import SelectAdaptivePool2d
 from timm.layers.create_act import _ACT_LAYER_DEFAULT
 from timm.models import ConvMixer, get_model_args, is_model, load_state_dict, model_entrypoint
 from timm.models._hub import save_config_for_hf
@@ -178,6 +179,10 @@ class Release:
             raise ValueError(
                 'model must be a SplitMixer or ConvMixer of this package made by timm.create_model, got '
                 f'{type(self.model).__name__}.')
+        if not isinstance(self.model.global_pool, SelectAdaptivePool2d):
+            raise ValueError(
+                'global_pool of the model must be the one it was made with, got '
+                f"{type(self.model.global_pool).__name__}; for no pooling call reset_classifier(0, '').")
         if any(value.is_meta for value in self.model.state_dict().values()):
             raise ValueError("model must have its weights, got one on device 'meta'.")
         self.metrics = _checked_metrics(self.metrics)
@@ -207,8 +212,6 @@ class Release:
                 raise ValueError(
                     f"license must be the Hub's name of one ('apache-2.0', 'mit', ...), got {self.license!r}.")
             self.cfg['license'] = self.license
-        if self.dataset is None and any(key in self.metrics for key in _METRICS):
-            _logger.warning('no data set is given: the Hub will not list the metrics')
         self.cfg['input_size'] = (self.in_chans, *self.cfg['input_size'][1:])
         if self.cfg['input_size'][1:] != tuple(cfg['input_size'][1:]):
             self.cfg.pop('pool_size', None)
@@ -228,8 +231,8 @@ class Release:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / CONFIG
             names = self.label_names and list(self.label_names)
-            is_known = self.dataset in DATASETS and names == list(manifest.label_names(self.dataset))
-            descriptions = manifest.label_descriptions(self.dataset) if is_known else None
+            dataset = next((name for name in DATASETS if names == list(manifest.label_names(name))), None)
+            descriptions = manifest.label_descriptions(dataset) if dataset else None
             save_config_for_hf(
                 stand_in, path, model_config=dict(label_names=names, label_descriptions=descriptions),
                 model_args=self.model_args)
@@ -245,12 +248,15 @@ class Release:
         """ README.md, see `model_card`."""
         config = json.loads(self.config())
         cfg = {**config['pretrained_cfg'], 'architecture': config['architecture']}  # as whoever loads it will have it
+        if self.dataset is None and any(key in self.metrics for key in _METRICS):
+            _logger.warning('no data set is given: the Hub will not list the metrics')
         own, registered = map(
             _computation, (self.model, timm.create_model(config['architecture'], device='meta')))
         return model_card(
             self.model, title, source, cfg, self.metrics, self.dataset, self.training,
             arguments={key: value for key, value in own.items() if value != registered[key]},
-            has_names=self.label_names is not None, paper=paper_top1(self.name) if self.name else None)
+            label_fields=[key for key in ('label_names', 'label_descriptions') if key in config],
+            paper=paper_top1(self.name) if self.name else None)
 
     def files(self, repo_id: str) -> Dict[str, bytes]:
         """ Every file of its repository."""

@@ -24,10 +24,11 @@ def _build(model: SplitMixer, dtype: torch.dtype) -> nn.Module:
     raise Unsupported(f'a model on {device}')
 
 
-def _cast_images(stem: nn.Sequential, args: Tuple[torch.Tensor]) -> Tuple[torch.Tensor]:
+def _cast_images(stem: nn.Module, args: Tuple[torch.Tensor]) -> Tuple[torch.Tensor]:
     """ Images in the weights' data type, as the faster forms take them, but in TorchScript."""
     if not torch.jit.is_scripting():
-        return (args[0].to(next(stem.parameters()).dtype),)
+        for parameter in stem.parameters():
+            return (args[0].to(parameter.dtype),)
     return args
 
 

@@ -51,7 +51,7 @@ def device_name(device: str) -> str:
         return torch.cuda.get_device_name(device)
     if device.startswith('mps'):
         return 'Apple GPU'
-    if torch.device(device).type != 'cpu':
+    if device.partition(':')[0] != 'cpu':
         raise ValueError(f"device must be 'cuda', 'cuda:N', 'cpu' or 'mps', got {device!r}")
     info = Path('/proc/cpuinfo')
     lines = info.read_text().splitlines() if info.is_file() else []

@@ -13,7 +13,7 @@ import math
 import operator
 from collections import OrderedDict
 from functools import partial
-from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple, Type, Union
+from typing import Any, Callable, Dict, List, Optional, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
@@ -165,13 +165,12 @@ def _is_watched(module: nn.Module) -> bool:
         or 'forward' in module.__dict__)
 
 
-def _are_pointwise(convs: Iterable[nn.Module], sizes: Iterable[int]) -> bool:
-    """ Whether convolutions do no more than pointwise ones of as many channels: no adapters, no hooks."""
-    return not _is_everything_watched() and all(
+def _is_pointwise(conv: nn.Module, size: int) -> bool:
+    """ Whether a module is a plain pointwise convolution of as many channels."""
+    return (
         type(conv) is nn.Conv2d and conv.bias is not None and conv.in_channels == conv.out_channels == size
         and conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
-        and not _is_watched(conv)
-        for conv, size in zip(convs, sizes))
+        and 'forward' not in conv.__dict__)
 
 
 # Branches on where and how a tensor lies in memory are functions that torch.fx takes as a whole.
@@ -293,7 +292,7 @@ class RowConv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         is_as_made = (
-            self.padding == 'same' and self.padding_mode == 'zeros' and self.stride == (1, 1)
+            str(self.padding) == 'same' and self.padding_mode == 'zeros' and self.stride == (1, 1)
             and self.dilation == (1, 1) and self.groups == self.in_channels == self.out_channels)
         if self.training and is_as_made:
             return _row_conv(x, self.weight, self.bias)
@@ -336,7 +335,7 @@ class SharedSegmentMixing(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if not _are_pointwise([self.conv], [self.segment_dim]):
+            if not _is_pointwise(self.conv, self.segment_dim):
                 return torch.cat([self.conv(segment) for segment in x.chunk(self.num_segments, dim=1)], dim=1)
         return _unpack_segments(self.conv(_pack_segments(x, self.num_segments)), x)
 
@@ -352,7 +351,9 @@ class SeparateSegmentMixing(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if not _are_pointwise(self.convs, self.sizes):
+            # the weights of several at once are one convolution, that calls none of them
+            if _is_everything_watched() or not all(
+                    _is_pointwise(conv, size) and not _is_watched(conv) for conv, size in zip(self.convs, self.sizes)):
                 segments = x.split(self.sizes, dim=1)
                 return torch.cat([conv(segments[i]) for i, conv in enumerate(self.convs)], dim=1)
         weights: List[torch.Tensor] = []
@@ -693,10 +694,9 @@ class SplitMixer(nn.Module):
         self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.head.train(self.training)
 
-    @torch.jit.ignore
     def _has_own_stem(self) -> bool:
-        """ Whether the patch embedding is the one this was made with: another says itself what it takes."""
-        conv = self.stem[0]
+        """ Whether the patch embedding is as it was made: another says itself what it takes."""
+        conv = self.stem[0] if isinstance(self.stem, nn.Sequential) and len(self.stem) else None
         return type(conv) is nn.Conv2d and (conv.in_channels, conv.kernel_size, conv.padding) == (
             self.in_chans, (self.patch_size, self.patch_size), (0, 0))
 

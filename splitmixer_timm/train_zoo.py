@@ -59,8 +59,8 @@ except ImportError:  # Windows
 KEYS = {'recipe', 'args', 'seeds'}
 # arguments of train.py that this sets itself
 OWN_ARGS = {
-    'model', 'model_kwargs', 'dataset', 'dataset_download', 'data', 'data_dir', 'output', 'experiment', 'resume',
-    'seed', 'device', 'workers'}
+    'config', 'model', 'model_kwargs', 'dataset', 'dataset_download', 'data', 'data_dir', 'output', 'experiment',
+    'resume', 'seed', 'device', 'workers'}
 POLL_SECONDS = 2.
 REPORT_SECONDS = 60.  # where there is no terminal for a progress bar
 # else glibc returns large tensors to the system and fetches them anew, page by page, at each step on a CPU
@@ -123,8 +123,9 @@ def read_queue(path: Path, patterns: List[str], output: Path, script: Path, **tr
     source = script.read_text(encoding='utf-8')  # train.py takes what it does not know from a configuration in silence
 
     def is_option(key: str) -> bool:
-        key = re.escape(key)
-        return re.search(f'[\'"]--{key.replace("_", "[-_]")}[\'"]|dest=[\'"]{key}[\'"]', source) is not None
+        # of several names of an argument the first long one is its key
+        first = f'add_argument\\(\\s*(?:[\'"]-\\w+[\'"],\\s*)?[\'"]--{re.escape(key).replace("_", "[-_]")}[\'"]'
+        return re.search(f'{first}|dest=[\'"]{re.escape(key)}[\'"]', source) is not None
 
     return [
         _read_model(path, name, item, output, train_args, is_option) for name, item in queue.items()
@@ -185,9 +186,9 @@ def _read_model(
             **args,
         }
         runs.append(Run(name, output / f'{name}-{seed}', config))
-    # train.py counts its `epochs` without those of the warm-up that our recipes begin with
+    # where a warm-up comes first, train.py's `epochs` are those after it
     said = {key: value for key, value in args.items() if key not in ('amp', 'amp_dtype')}
-    if 'epochs' in said:
+    if 'epochs' in said and {**base, **args}.get('warmup_prefix'):
         said['epochs'] = f'{said["epochs"]} after {said.pop("warmup_epochs", base["warmup_epochs"])} of warm-up'
     recipe = [item['recipe'], *(f'{key} {value}' for key, value in said.items())]
     return Model(name, dataset, '; '.join(recipe), runs)
@@ -483,8 +484,10 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument(
         '--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='default here: %(default)s')
     parser.add_argument('--jobs', type=positive, default=1, help='runs at once (default: %(default)s)')
-    parser.add_argument('--workers', type=positive, default=4, help='data loaders a run (default: %(default)s)')
+    parser.add_argument('--workers', type=int, default=4, help='data loaders a run (default: %(default)s)')
     args = parser.parse_args(argv)
+    if args.workers < 0:
+        parser.error(f'--workers must be at least 0, got {args.workers}')
     for script in ('train.py', 'validate.py'):
         if not (args.scripts / script).is_file():
             parser.error(f'--scripts must be a folder with train.py and validate.py, {args.scripts} has no {script}')

@@ -16,7 +16,7 @@ import timm
 import torch
 from conftest import ROOT
 
-from splitmixer_timm import benchmark, benchmark_report, cli, paper
+from splitmixer_timm import benchmark, benchmark_report, cli, machine, paper
 from splitmixer_timm.benchmark import Results, Settings, Subject, backend_flags, check_models, make_images, run
 
 SCRIPTS = os.environ.get('SPLITMIXER_TIMM_SCRIPTS')
@@ -511,6 +511,13 @@ class TestCommand:
         args = [*self.ARGS, '--img-size', '5', '--models', 'convmixer_256_8_ks7_p7', 'mobilenetv3_small_100']
         assert cli.main([*args, '--results', str(tmp_path)]) == 1
         assert 'ConvMixer failed (steady): ' in capsys.readouterr().out
+
+    @pytest.mark.parametrize('has_precision', [True, False])
+    def test_precision_that_the_processor_lacks(self, tmp_path, capsys, monkeypatch, has_precision):
+        monkeypatch.setattr(machine, 'has_precision', lambda name: has_precision)
+        monkeypatch.setattr(benchmark, 'run', lambda *args: 0)
+        assert cli.main([*self.ARGS, '--precision', 'fp16', '--results', str(tmp_path)]) == 0
+        assert ('does not compute in fp16: it takes many times' in capsys.readouterr().err) != has_precision
 
     def test_interrupt(self, tmp_path, capsys, monkeypatch):
         def interrupt(self):

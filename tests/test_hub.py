@@ -25,6 +25,7 @@ from torch import nn
 import splitmixer_timm
 from splitmixer_timm import HubError, card, cli, hub, manifest, pull_from_hub, push_to_hub
 from splitmixer_timm.hub_errors import explained
+from splitmixer_timm.predict import Classifier
 
 NAME = 'splitmixer_ii_256_8.cifar10'
 ZOO = 'splitmixer_i_256_8.cifar10'
@@ -314,12 +315,33 @@ class TestCardOfAModel:
         assert "pretrained_cfg['label_names']" not in text
         assert 'print(probabilities.topk(5))' in text
 
+    def test_descriptions(self, tmp_path):
+        """ ImageNet's classes are told by what their names stand for, wherever the model comes from."""
+        names = manifest.label_names('in1k')
+        model = timm.create_model('splitmixer_ii_768_32', depth=1, dim=8)
+        for name, content in hub.Release(model, label_names=names).files(REPO).items():
+            (tmp_path / name).write_bytes(content)
+        release = hub.folder_release(tmp_path)
+        config = json.loads(release.config())
+        assert config['label_descriptions'][config['label_names'][0]] == 'tench, Tinca tinca'
+        assert "print(model.pretrained_cfg['label_descriptions'][model.pretrained_cfg['label_names']" in \
+            release.card('a', 'a')
+        classifier = Classifier(f'local-dir:{tmp_path}')
+        assert classifier.labels[:2] == ('tench, Tinca tinca', 'goldfish, Carassius auratus')
+
     def test_metrics_without_a_data_set(self, caplog):
         """ The Hub takes none of those."""
-        hub.Release(create(), metrics=dict(top1=90), dataset='cifar10')
+        hub.Release(create(), metrics=dict(top1=90), dataset='cifar10').card('a', 'a')
+        hub._describe(timm.create_model(ZOO, pretrained=True), metrics=dict(top1=90.)).card('a', 'a')
         assert not caplog.text
-        hub.Release(create(), metrics=dict(top1=90))
+        hub.Release(create(), metrics=dict(top1=90)).card('a', 'a')
         assert 'no data set is given: the Hub will not list the metrics' in caplog.text
+
+
+def without_pooling():
+    model = timm.create_model(ZOO, pretrained=True)
+    model.global_pool = nn.Identity()
+    return model
 
 
 class TestRefused:
@@ -331,6 +353,7 @@ class TestRefused:
         (lambda: create(features_only=True, out_indices=(0,)), {}, 'model must be a SplitMixer or ConvMixer'),
         (lambda: splitmixer_timm.SplitMixer(16, 2), {}, 'made by timm.create_model'),
         (lambda: create(act_layer=type('Mine', (nn.ReLU,), {})), {}, 'act_layer of the model must be one'),
+        (without_pooling, {}, 'global_pool of the model must be the one it was made with, got Identity'),
         (create, dict(label_names=['a']), 'a name for each of 10 classes, got 1'),
         (create, dict(metrics=dict(top1=0.9, f1=1)), "and no other, got 'f1'"),
         (create, dict(metrics=dict(top1=101)), 'from 0 to 100'),
@@ -1109,8 +1132,12 @@ class TestCard:
 
     def test_licence_that_is_given(self, server):
         """ It replaces the repository's; another push without one leaves it."""
-        server.create_repo(REPO).commit({'README.md': b'---\nlicense: cc-by-nc-4.0\n---'}, 'First')
+        card = b'---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\nlanguage: en\n---'
+        server.create_repo(REPO).commit({'README.md': card}, 'First')
         push_to_hub(create(), REPO, token=TOKEN, license='mit')
+        metadata = yaml.safe_load(files(server)['README.md'].decode().split('---')[1])
+        assert metadata['language'] == 'en'
+        assert not {'license_name', 'license_link'} & metadata.keys()
         assert json.loads(files(server)['config.json'])['pretrained_cfg']['license'] == 'mit'
         push_to_hub(create(num_classes=3), REPO, token=TOKEN)
         assert yaml.safe_load(files(server)['README.md'].decode().split('---')[1])['license'] == 'mit'

@@ -532,6 +532,15 @@ class TestFallback:
         assert fallback.forward_features(images).dtype == (dtype or torch.float32)
         assert torch.equal(copy.deepcopy(fallback)(images), fallback(images))
 
+    @pytest.mark.parametrize('stem', [lambda: nn.Conv2d(3, 24, 2, 2), lambda: nn.AvgPool2d(2)])
+    def test_another_stem(self, stem):
+        model = build()
+        model.stem = stem().eval()
+        with pytest.warns(UserWarning, match='no faster form for'):
+            fallback = optimize_for_inference(model)
+        images = torch.randn(1, 3 if isinstance(model.stem, nn.Conv2d) else 24, 8, 8)
+        assert torch.equal(fallback(images), model(images))
+
     def test_scripted(self, images):
         with pytest.warns(UserWarning, match='no faster form'):
             fallback = optimize_for_inference(build(norm_layer='layernorm2d'))

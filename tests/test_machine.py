@@ -31,7 +31,7 @@ class FakeFile:
         return 'processor\t: 0\nmodel name\t: Fast Chip 9000\nflags\t\t: fpu vme\n' * 2
 
 
-@pytest.mark.parametrize('device', ['xpu', 'meta'])
+@pytest.mark.parametrize('device', ['xpu', 'meta', 'warp'])
 def test_a_device_of_another_kind_is_no_cpu(device):
     with pytest.raises(ValueError, match=f"device must be 'cuda', 'cuda:N', 'cpu' or 'mps', got '{device}'"):
         machine.device_name(device)

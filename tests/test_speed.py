@@ -187,6 +187,11 @@ def test_forms_that_are_gone(results, monkeypatch):
     assert [(row['memory'], row['batch_size'], row['form'], row['seconds']) for row in rows] == [
         *[('kept', size, form, '1') for size in '21' for form in ('plain', 'created')],
         *[('returned', size, 'plain', '10') for size in '21']]
+    # a run that fails takes nothing else away
+    monkeypatch.setattr(speed, 'measure', lambda *args: [dict(form='plain', error='no memory')])
+    _, rows = results(*args, '--memory', 'kept')
+    assert [(row['form'], row['seconds'], row['error']) for row in rows if row['memory'] == 'kept'] == [
+        ('plain', '', 'no memory'), ('created', '1', '')] * 2
 
 
 def test_batches_have_tables_of_their_own(results, monkeypatch):

@@ -555,7 +555,9 @@ class TestMemoryFormat:
         plain.load_state_dict(conv.state_dict())
         conv._reversed_padding_repeated_twice = plain._reversed_padding_repeated_twice
         torch.testing.assert_close(conv(x), plain(x))
+        torch.testing.assert_close(torch.jit.script(conv)(x), plain(x))
         torch.testing.assert_close(conv.eval()(x), plain(x))
+        torch.testing.assert_close(torch.jit.script(conv)(x), plain(x))
 
     @pytest.mark.parametrize('kernel_size', [1, 4, 5])
     def test_rows_in_train_mode(self, kernel_size):
@@ -707,6 +709,9 @@ class TestBadInput:
         assert model(torch.randn(1, 4, 1, 8)).shape == (1, 1000)
         with pytest.raises(RuntimeError, match='4 channels, but got 3'):
             model(torch.randn(1, 3, 8, 8))
+        for stem in (nn.Conv2d(4, 12, 2, 2), nn.Sequential(), torch.jit.trace(model.stem, torch.randn(1, 4, 8, 8))):
+            model.stem = stem
+            assert model(torch.randn(1, 12 if isinstance(stem, nn.Sequential) else 4, 8, 8)).shape == (1, 1000)
 
     def test_wrong_channel_count(self):
         with pytest.raises(AssertionError, match='in_chans=3 channels, got 1'):

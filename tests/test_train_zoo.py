@@ -27,8 +27,9 @@ TRAIN = """
 import argparse, os, pathlib, shutil, sys, time, yaml
 parser = argparse.ArgumentParser()
 parser.add_argument('--config', type=pathlib.Path)
-for option in ('--mixup', '--val-interval', '--amp-dtype'):
-    parser.add_argument(option)
+parser.add_argument('--mixup')
+parser.add_argument('-v', '--val-interval', '--vi')
+parser.add_argument('--amp-dtype')
 config = yaml.safe_load(parser.parse_args().config.read_text())
 folder = pathlib.Path(config['output']) / config['experiment']
 ask = folder.parent.parent
@@ -484,7 +485,7 @@ def test_what_ends_is_not_deaf(monkeypatch):
 
 @pytest.mark.parametrize(('change', 'message'), [
     (dict(args=['--jobs', '0']), "--jobs: must be an integer of at least 1, got '0'"),
-    (dict(args=['--workers', '-1']), "--workers: must be an integer of at least 1, got '-1'"),
+    (dict(args=['--workers', '-1']), '--workers must be at least 0, got -1'),
     (dict(args=['--device', 'cuda:99']), "device 'cuda:99' asked for, but"),
     (dict(args=['--device', 'gpu']), "device must be 'cuda', 'cuda:N', 'cpu' or 'mps', got 'gpu'"),
     (dict(args=['mnist']), "'mnist' is not in the queue"),
@@ -498,6 +499,7 @@ def test_what_ends_is_not_deaf(monkeypatch):
     (dict(queue=f'{NAME}: {{recipe: cifar100}}'), 'cifar100 is for the tag cifar100'),
     (dict(queue=f'{NAME}: {{recipe: cifar10, args: {{seed: 5, output: x}}}}'), 'must not have output, seed'),
     (dict(queue=f'{NAME}: {{recipe: cifar10, args: {{epoch: 5}}}}'), 'must be arguments of train.py, got epoch'),
+    (dict(queue=f'{NAME}: {{recipe: cifar10, args: {{vi: 5}}}}'), 'must be arguments of train.py, got vi'),
     (dict(queue=f'{NAME}: {{recipe: cifar10, seeds: [1, 1]}}'), 'must be a list of different integers, got [1, 1]'),
     (dict(queue=f'{NAME}: {{recipe: cifar10, epochs: 3}}'), 'nothing else'),
     (dict(queue=f'{NAME}: {{recipe: cifar10, args: 3}}'), 'must map arguments of train.py to values, got 3'),
@@ -523,7 +525,7 @@ def test_the_zoos_own_queue(tmp_path):
     """ All of it can be read, and what is in it is a model with a recipe of its data set."""
     path = ROOT / 'weights' / 'queue.yaml'
     script = tmp_path / 'train.py'
-    script.write_text(' '.join(f"'--{name}'" for name in yaml.safe_load(DEFAULTS.read_text())))
+    script.write_text(' '.join(f"add_argument('--{name}')" for name in yaml.safe_load(DEFAULTS.read_text())))
     models = train_zoo.read_queue(path, [], tmp_path, script, data_dir=tmp_path, device='cpu', workers=1)
     assert {f'{arch}_256_8.{dataset}' for dataset in ('cifar10', 'cifar100') for arch in (
         'splitmixer_i', 'splitmixer_ii', 'splitmixer_iii', 'splitmixer_iv', 'splitmixer_v', 'convmixer')} < {
@@ -535,6 +537,19 @@ def test_the_zoos_own_queue(tmp_path):
         for run in model.runs:
             assert is_model(run.config['model'])
             assert add_run.planned_epochs(run.config) == (300 if tag.endswith('_plus') else 100)
+
+
+@pytest.mark.skipif(not SCRIPTS, reason="SPLITMIXER_TIMM_SCRIPTS does not name a folder with timm's scripts")
+def test_arguments_of_the_real_script(tmp_path):
+    """ Each of its arguments may stand in the queue, its other names may not."""
+    path, script = tmp_path / 'queue.yaml', Path(SCRIPTS) / 'train.py'
+    names = yaml.safe_load(DEFAULTS.read_text()).keys() - train_zoo.OWN_ARGS
+    path.write_text(yaml.safe_dump({NAME: dict(recipe='cifar10', args=dict.fromkeys(names, 1))}))
+    train_zoo.read_queue(path, [], tmp_path, script, data_dir=tmp_path)
+    for name in ('dr', 'train_steps_per_epoch', 'epoch'):
+        path.write_text(yaml.safe_dump({NAME: dict(recipe='cifar10', args={name: 1})}))
+        with pytest.raises(ValueError, match=f'must be arguments of train.py, got {name}'):
+            train_zoo.read_queue(path, [], tmp_path, script, data_dir=tmp_path)
 
 
 @pytest.mark.data
