@@ -23,9 +23,22 @@ KINDS = ('i', 'ii', 'iii', 'iv', 'v', '3d', 'full')
 SPLITMIXERS = timm.list_models(module='splitmixer')
 BASELINES = ['convmixer_256_8', 'convmixer_256_8_ks7_p7']
 
+# files of few tests that take minutes: begun last, one process would wait for the other's
+SLOW = (
+    'test_accuracy.py', 'test_timm_suite.py', 'test_oldest_client.py', 'test_fused_training.py', 'test_kernels.py',
+    'test_package.py', 'test_complexity_tables.py')
+
 # what takes minutes where every product in bf16 is computed one by one
 BF16 = pytest.param(
     'bf16', marks=pytest.mark.skipif(not has_bfloat16(), reason='needs a processor that computes in bf16'))
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # else pytest-xdist begins with the files of most tests
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: SLOW.index(item.path.name) if item.path.name in SLOW else len(SLOW))
 
 
 def real_images(dataset, folder, per_class=None, splits=('train', 'validation')):
