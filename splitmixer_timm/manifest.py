@@ -63,6 +63,7 @@ def _labels(dataset: str) -> Tuple[Tuple[str, str], ...]:
     return tuple((name, description) for name, _, description in (line.partition('\t') for line in lines))
 
 
+@cache
 def label_names(dataset: str) -> Tuple[str, ...]:
     """ Class names of a data set in label order, each once (ImageNet's: WordNet's synsets).
 
@@ -75,6 +76,7 @@ def label_names(dataset: str) -> Tuple[str, ...]:
     return tuple(name for name, _ in _labels(dataset))
 
 
+@cache
 def label_descriptions(dataset: str) -> Optional[Dict[str, str]]:
     """ What the class names of a data set stand for (ImageNet's: WordNet's lemmas), None where they say it."""
     descriptions = dict(_labels(dataset))
