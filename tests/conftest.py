@@ -57,7 +57,7 @@ def real_images(dataset, folder, per_class=None, splits=('train', 'validation'))
             target = folder / split / source.name
             target.mkdir(parents=True)
             for image in sorted(source.iterdir())[:per_class]:
-                (target / image.name).symlink_to(image)
+                (target / image.name).symlink_to(image.resolve())
     return folder
 
 
