@@ -2,7 +2,7 @@
 import re
 from dataclasses import dataclass
 from statistics import mean, stdev
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
@@ -98,7 +98,7 @@ _METRICS = {'top1': 'top-1 accuracy, %', 'top5': 'top-5 accuracy, %'}
 _OWNED = {'library_name', 'pipeline_tag', 'datasets', 'model-index'}
 
 
-def _snippet(source: str, num_classes: int, in_chans: int, label_fields: Sequence[str]) -> List[str]:
+def _snippet(source: str, cfg: Dict[str, Any], in_chans: int) -> List[str]:
     """ Python that loads the model and gives it an image."""
     create = f"model = timm.create_model('{source}', pretrained=True).eval()"
     if in_chans in (1, 3):
@@ -116,16 +116,16 @@ def _snippet(source: str, num_classes: int, in_chans: int, label_fields: Sequenc
             "images = torch.rand(1, *timm.data.resolve_model_data_config(model)['input_size'])",
         ]
     lines.append('with torch.inference_mode():')
-    if num_classes and 'label_names' in label_fields:
+    if cfg['num_classes'] and cfg.get('label_names'):
         label = "model.pretrained_cfg['label_names'][probabilities.argmax()]"
-        if 'label_descriptions' in label_fields:
+        if cfg.get('label_descriptions'):
             label = f"model.pretrained_cfg['label_descriptions'][{label}]"
         return lines + [
             '    probabilities = model(images).softmax(-1)', f"print({label}, f'{{probabilities.max():.0%}}')"]
-    if num_classes:
+    if cfg['num_classes']:
         return lines + [
             '    probabilities = model(images).softmax(-1)',
-            f'print(probabilities.topk({min(5, num_classes)}))']
+            f'print(probabilities.topk({min(5, cfg["num_classes"])}))']
     return [*lines, '    print(model(images).shape)']
 
 
@@ -166,7 +166,6 @@ def model_card(
         dataset: Optional[str] = None,
         training: Optional[Dict[str, Any]] = None,
         arguments: Optional[Dict[str, Any]] = None,
-        label_fields: Sequence[str] = (),
         paper: Optional[float] = None,
 ) -> str:
     """ Card of a model: metadata of the Hub in YAML, then Markdown.
@@ -181,7 +180,6 @@ def model_card(
         dataset: What it was trained on: one of `DATASETS`, an id of the Hub, or any name.
         training: How it was trained, in the manifest's terms.
         arguments: Arguments in which it differs from the architecture as it is registered.
-        label_fields: Which of 'label_names' and 'label_descriptions' its cfg will have.
         paper: Top-1 in percent that the paper gives for it.
     """
     metrics, training, known = metrics or {}, training or {}, DATASETS.get(dataset)
@@ -207,8 +205,7 @@ def model_card(
         f'- Classes: {cfg["num_classes"]:,}', '',
         '## Use', '',
         'Needs `timm` and `splitmixer_timm`, which registers the architecture.', '',
-        '```python', *_snippet(source, cfg['num_classes'], data['input_size'][0], label_fields), '```',
-        '',
+        '```python', *_snippet(source, cfg, data['input_size'][0]), '```', '',
         '## Intended use', '', INTENDED_USE, '',
         '## Evaluation', '',
     ]

@@ -201,13 +201,13 @@ def _release(args: argparse.Namespace):
         raise CommandError(f'--label-names: {args.label_names} cannot be read: {reason}') from e
     if args.model not in manifest.entries() and path.exists():
         if (path / hub.CONFIG).is_file():
-            return hub.folder_release(path, args.dataset, labels, args.license)
-        return hub.run_release(path, args.dataset, labels, args.license)
+            return hub.folder_release(path, args.dataset, labels)
+        return hub.run_release(path, args.dataset, labels)
     if args.dataset or args.label_names:
         raise CommandError('--dataset and --label-names are for a run or a folder; a model of the zoo has its own')
     if len(path.parts) > 1:
         raise CommandError(f'no such file or folder: {path}')
-    return hub.zoo_release(args.model, args.license)
+    return hub.zoo_release(args.model)
 
 
 def _push(args: argparse.Namespace) -> int:
@@ -223,8 +223,9 @@ def _push(args: argparse.Namespace) -> int:
         if args.all and getattr(args, option) is not None:
             raise CommandError(f'--{option.replace("_", "-")} is for one model, not for --all')
     try:
-        jobs = [(f'{args.org}/{name}', hub.zoo_release(name, args.license)) for name in sorted(manifest.entries())] \
+        jobs = [(f'{args.org}/{name}', hub.zoo_release(name)) for name in sorted(manifest.entries())] \
             if args.all else [(args.repo_id, _release(args))]
+        jobs = [(repo_id, dataclasses.replace(release, license=args.license)) for repo_id, release in jobs]
         if args.record and (args.create_pr or any(release.name is None for _, release in jobs)):
             raise CommandError('--record is for models of the zoo, and for commits, not pull requests')
         for repo_id, _ in jobs:
@@ -266,7 +267,7 @@ def _pull(args: argparse.Namespace) -> int:
 
 def _card(args: argparse.Namespace) -> int:
     try:
-        release = _release(args)
+        release = dataclasses.replace(_release(args), license=args.license)
     except (ValueError, RuntimeError, OSError) as e:
         raise CommandError(str(e)) from e
     # a run has a place to load it from once it is published

@@ -121,13 +121,19 @@ def _is_same(state_dict: Dict[str, torch.Tensor], other: Dict[str, torch.Tensor]
         value.dtype == other[key].dtype and torch.equal(value, other[key].cpu()) for key, value in state_dict.items())
 
 
+def _model_args(model: nn.Module) -> Dict[str, Any]:
+    """ Arguments that make a model again, but for its classes and what is of training alone, as JSON has them."""
+    known = inspect.signature(type(model)).parameters.keys() - {'num_classes'}
+    args = {**get_model_args(model), 'in_chans': model.stem[0].in_channels}
+    return _named_args({name: value for name, value in args.items() if name in known})
+
+
 def _computation(model: nn.Module) -> Dict[str, Any]:
     """ What a model computes in eval mode, but for its weights: every argument of its class, defaults included."""
-    args = {name: parameter.default for name, parameter in inspect.signature(type(model)).parameters.items()}
-    args.update((name, value) for name, value in get_model_args(model).items() if name in args)
-    return _named_args({
-        name: value for name, value in args.items()
-        if name not in ('num_classes', 'drop_rate', 'drop_path_rate', 'device', 'dtype')})
+    defaults = {
+        name: parameter.default for name, parameter in inspect.signature(type(model)).parameters.items()
+        if name not in ('num_classes', 'drop_rate', 'drop_path_rate', 'device', 'dtype')}
+    return {**_named_args(defaults), **_model_args(model)}
 
 
 def _zoo_name(model: nn.Module) -> Optional[str]:
@@ -196,11 +202,7 @@ class Release:
 
         self.in_chans = self.model.stem[0].in_channels
         data_config = _checked_data_config(self.data_config, self.in_chans)
-        self.model_args = {
-            name: value
-            for name, value in _named_args({**get_model_args(self.model), 'in_chans': self.in_chans}).items()
-            if name in inspect.signature(type(self.model)).parameters and name != 'num_classes'
-        }
+        self.model_args = _model_args(self.model)
         # class names are those of what this was made from
         dropped = {'label_names', 'label_descriptions'}
         if self.in_chans != 3:
@@ -247,7 +249,9 @@ class Release:
     def card(self, title: str, source: str) -> str:
         """ README.md, see `model_card`."""
         config = json.loads(self.config())
-        cfg = {**config['pretrained_cfg'], 'architecture': config['architecture']}  # as whoever loads it will have it
+        # as whoever loads it will have it
+        above = ('architecture', 'label_names', 'label_descriptions')
+        cfg = {**config['pretrained_cfg'], **{key: config[key] for key in above if key in config}}
         if self.dataset is None and any(key in self.metrics for key in _METRICS):
             _logger.warning('no data set is given: the Hub will not list the metrics')
         own, registered = map(
@@ -255,7 +259,6 @@ class Release:
         return model_card(
             self.model, title, source, cfg, self.metrics, self.dataset, self.training,
             arguments={key: value for key, value in own.items() if value != registered[key]},
-            label_fields=[key for key in ('label_names', 'label_descriptions') if key in config],
             paper=paper_top1(self.name) if self.name else None)
 
     def files(self, repo_id: str) -> Dict[str, bytes]:
@@ -268,7 +271,7 @@ class Release:
         return self.card(repo_id.rpartition('/')[2], f'hf-hub:{repo_id}').encode()
 
 
-def zoo_release(name: str, license: Optional[str] = None) -> Release:
+def zoo_release(name: str) -> Release:
     """ A model of the zoo, with what the manifest says of it.
 
     Raises:
@@ -278,7 +281,7 @@ def zoo_release(name: str, license: Optional[str] = None) -> Release:
     name = name if tag or not _is_ours(arch) else f'{arch}.{timm.get_pretrained_cfg(arch).tag}'
     if name not in manifest.entries():
         raise ValueError(f'{name!r} has no weights in the zoo; {", ".join(sorted(manifest.entries()))} have.')
-    return _of_the_zoo(name, timm.create_model(name, pretrained=True), license=license)
+    return _of_the_zoo(name, timm.create_model(name, pretrained=True))
 
 
 def _of_the_zoo(name: str, model: nn.Module, **given) -> Release:
@@ -326,7 +329,6 @@ def run_release(
         path: Path,
         dataset: Optional[str] = None,
         label_names: Optional[Sequence[str]] = None,
-        license: Optional[str] = None,
 ) -> Release:
     """ The model of a run of timm's train.py, from its output folder or one of its checkpoints.
 
@@ -386,7 +388,7 @@ def run_release(
     if (folder / SUMMARY).is_file():
         files[SUMMARY] = (folder / SUMMARY).read_bytes()
     training = {'seed': args.get('seed'), 'epochs': epoch if epoch is None else epoch + 1, **_told_by(files)}
-    return Release(model, metrics, dataset or known, label_names, data_config, training, files, license=license)
+    return Release(model, metrics, dataset or known, label_names, data_config, training, files)
 
 
 def _class_folders(root: str, args: Dict[str, Any], num_classes: int) -> Optional[Tuple[str, ...]]:
@@ -408,18 +410,17 @@ def folder_release(
         folder: Path,
         dataset: Optional[str] = None,
         label_names: Optional[Sequence[str]] = None,
-        license: Optional[str] = None,
 ) -> Release:
     """ The model of a local folder as `pull` leaves it and timm's 'local-dir:' reads it."""
     model = _load(folder, str(folder))
     name = _zoo_name(model)
     if name is not None:
-        return _of_the_zoo(name, model, dataset=dataset, label_names=label_names, license=license)
+        return _of_the_zoo(name, model, dataset=dataset, label_names=label_names)
     config = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
     extra = {name: (folder / name).read_bytes() for name in (ARGS, SUMMARY) if (folder / name).is_file()}
     return Release(
         model, dataset=dataset, label_names=label_names or config.get('label_names'), training=_told_by(extra),
-        extra=extra, license=license)
+        extra=extra)
 
 
 @contextmanager

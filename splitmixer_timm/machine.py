@@ -45,14 +45,13 @@ def device_name(device: str) -> str:
     """ The GPU, or the processor with its instructions, that a device for torch stands for; never the host's name.
 
     Raises:
-        ValueError: If it is none of 'cuda', 'cuda:N', 'cpu' and 'mps'.
+        ValueError: As `check_device`.
     """
-    if device.startswith('cuda'):
+    kind = check_device(device).type
+    if kind == 'cuda':
         return torch.cuda.get_device_name(device)
-    if device.startswith('mps'):
+    if kind == 'mps':
         return 'Apple GPU'
-    if device.partition(':')[0] != 'cpu':
-        raise ValueError(f"device must be 'cuda', 'cuda:N', 'cpu' or 'mps', got {device!r}")
     info = Path('/proc/cpuinfo')
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]

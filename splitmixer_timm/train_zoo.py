@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from time import monotonic, sleep
-from typing import Any, Callable, Dict, List, Optional, TextIO
+from typing import Any, Dict, List, Optional, Set, TextIO
 
 import torch
 import yaml
@@ -39,7 +39,7 @@ from .add_run import (
     weights_content,
 )
 from .cli import RECIPES_DIR, positive
-from .machine import check_device, device_name, has_bfloat16
+from .machine import device_name, has_bfloat16
 from .run import environment
 from .runs import (
     FIRST_ARGS,
@@ -120,15 +120,13 @@ def read_queue(path: Path, patterns: List[str], output: Path, script: Path, **tr
     for pattern in patterns:
         if not any(fnmatch(name, pattern) for name in queue):
             raise ValueError(f'{pattern!r} is not in the queue {path}; it has {", ".join(queue)}')
-    source = script.read_text(encoding='utf-8')  # train.py takes what it does not know from a configuration in silence
-
-    def is_option(key: str) -> bool:
-        # of several names of an argument the first long one is its key
-        first = f'add_argument\\(\\s*(?:[\'"]-\\w+[\'"],\\s*)?[\'"]--{re.escape(key).replace("_", "[-_]")}[\'"]'
-        return re.search(f'{first}|dest=[\'"]{re.escape(key)}[\'"]', source) is not None
-
+    # train.py takes what it does not know from a configuration in silence; of an argument's names the first long one is
+    # its key, or the one it says
+    names = re.findall(
+        r"""(?:add_argument\(\s*(?:['"]-\w+['"],\s*)?['"]--|dest=['"])([\w-]+)""", script.read_text(encoding='utf-8'))
+    options = {name.replace('-', '_') for name in names}
     return [
-        _read_model(path, name, item, output, train_args, is_option) for name, item in queue.items()
+        _read_model(path, name, item, output, train_args, options) for name, item in queue.items()
         if not patterns or any(fnmatch(name, pattern) for pattern in patterns)
     ]
 
@@ -147,7 +145,7 @@ def _read_model(
         item: Any,
         output: Path,
         train_args: Dict[str, Any],
-        is_option: Callable[[str], bool],
+        options: Set[str],
 ) -> Model:
     if not isinstance(item, dict) or not {'recipe'} <= item.keys() <= KEYS:
         raise ValueError(f'{name} in {path} must have a recipe, may have args and seeds, and nothing else')
@@ -166,7 +164,7 @@ def _read_model(
         raise ValueError(f'args of {name} in {path} must map arguments of train.py to values, got {args!r}')
     if own := sorted(OWN_ARGS & args.keys()):
         raise ValueError(f'args of {name} in {path} must not have {", ".join(own)}, which the queue itself sets')
-    if unknown := sorted(str(key) for key in args.keys() - base.keys() if not is_option(str(key))):
+    if unknown := sorted(map(str, args.keys() - base.keys() - options)):
         raise ValueError(f'args of {name} in {path} must be arguments of train.py, got {", ".join(unknown)}')
     for key, value in args.items():
         if isinstance(value, str) and _is_number(value):
@@ -495,14 +493,13 @@ def main(argv: Optional[List[str]] = None) -> int:
         models = read_queue(
             args.queue, args.names, args.output.resolve(), args.scripts / 'train.py', data_dir=args.data_dir.resolve(),
             device=args.device, workers=args.workers, **mixed_precision(args.device))
-        check_device(args.device)
+        machine = device_name(args.device)
     except ValueError as e:
         parser.error(str(e))
     for dataset in {model.dataset for model in models}:
         for split in ('train', 'validation'):
             if not (args.data_dir / dataset / split).is_dir():
                 parser.error(f'--data-dir must have image folders {dataset}/{split}, {args.data_dir} has not')
-    machine = device_name(args.device)
     signal.signal(signal.SIGTERM, _end)
     return 1 if train(models, args.scripts, args.data_dir, args.device, machine, args.jobs) else 0
 
