@@ -57,7 +57,8 @@ def test_wheel_holds_what_it_must(dist):
     with zipfile.ZipFile(next(dist.glob('*.whl'))) as wheel:
         names = set(wheel.namelist())
         metadata = wheel.read(next(n for n in names if n.endswith('METADATA'))).decode()
-    assert {'splitmixer_timm/weights/manifest.json', 'splitmixer_timm/labels/cifar10.txt'} <= names
+    assert {'splitmixer_timm/weights/manifest.json', 'splitmixer_timm/labels/cifar10.txt',
+            'splitmixer_timm/py.typed'} <= names
     for entry in manifest.entries().values():
         for file in (entry['file'], *(entry['training'][key] for key in ('args', 'summary', 'curves'))):
             assert f'splitmixer_timm/weights/{file}' in names
