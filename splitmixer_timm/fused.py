@@ -8,8 +8,8 @@ from timm.layers import GELU, DropPath
 from torch import nn
 
 from .splitmixer import (
+    AxisConv2d,
     ChannelsLastGELU,
-    RowConv2d,
     SegmentMixing,
     SeparateSegmentMixing,
     SharedSegmentMixing,
@@ -116,7 +116,7 @@ def _check_children(name: str, module: nn.Module, *allowed: Sequence[str]) -> No
 
 
 def _check_conv(name: str, conv: nn.Module, is_depthwise: bool = False, **expected: Any) -> None:
-    _check_type(name, conv, (nn.Conv2d, RowConv2d))
+    _check_type(name, conv, (nn.Conv2d, AxisConv2d))
     groups = conv.out_channels if is_depthwise else 1
     expected = dict(expected, groups=groups, dilation=(1, 1), padding_mode='zeros')
     if conv.bias is None or any(getattr(conv, key) != value for key, value in expected.items()):

@@ -218,6 +218,34 @@ def _gelu(x: torch.Tensor, approximate: str) -> torch.Tensor:
     return F.gelu(x, approximate=approximate)
 
 
+def _has_square_kernels(x: torch.Tensor, size: int) -> bool:
+    """ Whether in channels_last cuDNN has fast depthwise kernels for such features, which are square and small."""
+    is_half = x.dtype == torch.float16 or x.dtype == torch.bfloat16
+    return x.is_cuda and is_half and size % 2 == 1 and size <= 7
+
+
+@torch.fx.wrap
+def _to_square_format(x: torch.Tensor, size: int) -> torch.Tensor:
+    """ Where square kernels are fast, channels_last; elsewhere as given."""
+    if not torch.jit.is_scripting():
+        if _is_transformed():
+            return x
+    if _has_square_kernels(x, size):
+        return x.contiguous(memory_format=torch.channels_last)
+    return x
+
+
+@torch.fx.wrap
+def _axis_weight(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """ Depthwise 1 x k or k x 1 kernels for features, with zeros around them where square kernels are fast."""
+    height, width = weight.shape[2], weight.shape[3]
+    size = max(height, width)
+    if _has_square_kernels(x, size) and _is_channels_last(x):
+        above, before = (size - height) // 2, (size - width) // 2
+        return F.pad(weight, [before, before, above, above])
+    return weight
+
+
 @torch.fx.wrap
 def _row_conv(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
     """ Depthwise 1 x k convolution with a gradient that is fast on a CPU too.
@@ -226,7 +254,7 @@ def _row_conv(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor
     """
     N, C, H, W = x.shape
     if x.device.type != 'cpu':
-        return F.conv2d(x, weight, bias, padding='same', groups=C)
+        return F.conv2d(x, _axis_weight(x, weight), bias, padding='same', groups=C)
     x = x.permute(0, 2, 3, 1).reshape(N * H, W, 1, C).permute(0, 3, 1, 2)
     x = F.conv2d(x, weight.transpose(2, 3), bias, padding='same', groups=C)
     return x.permute(0, 2, 3, 1).reshape(N, H, W, C).permute(0, 3, 1, 2)
@@ -287,16 +315,18 @@ class ChannelsLastGELU(nn.GELU):
         return _gelu(x, self.approximate)
 
 
-class RowConv2d(nn.Conv2d):
-    """ Depthwise 1 x k convolution."""
+class AxisConv2d(nn.Conv2d):
+    """ Depthwise 1 x k or k x 1 convolution, by whatever is fast for it."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         is_as_made = (
             str(self.padding) == 'same' and self.padding_mode == 'zeros' and self.stride == (1, 1)
             and self.dilation == (1, 1) and self.groups == self.in_channels == self.out_channels)
-        if self.training and is_as_made:
+        if not is_as_made:
+            return self._conv_forward(x, self.weight, self.bias)
+        if self.training and self.kernel_size[0] == 1:
             return _row_conv(x, self.weight, self.bias)
-        return self._conv_forward(x, self.weight, self.bias)
+        return self._conv_forward(x, _axis_weight(x, self.weight), self.bias)
 
 
 class SegmentMixing(nn.Module):
@@ -519,7 +549,7 @@ class SplitMixerBlock(nn.Module):
 
 # Modules that treat every image of a batch by itself in eval mode, BatchNorm where it has running statistics
 _INDEPENDENT = (
-    SplitMixerBlock, SegmentMixing, SharedSegmentMixing, SeparateSegmentMixing, SlidingSegmentMixing, RowConv2d,
+    SplitMixerBlock, SegmentMixing, SharedSegmentMixing, SeparateSegmentMixing, SlidingSegmentMixing, AxisConv2d,
     nn.Sequential, nn.ModuleList, nn.Conv2d, nn.Identity, DropPath, nn.BatchNorm2d, nn.GELU, GELU, ChannelsLastGELU,
     nn.ReLU)
 PIECE_BYTES = 2**20  # features for each core that blocks take at a time: more leave its cache, less idle it
@@ -627,6 +657,7 @@ class SplitMixer(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.patch_size = patch_size
+        self.kernel_size = kernel_size if has_spatial else 0
         self.num_features = dim
         self.grad_checkpointing = False
 
@@ -638,7 +669,7 @@ class SplitMixer(nn.Module):
             *act_norm(),
         )
         convs = {
-            '1d': ((RowConv2d, (1, kernel_size)), (nn.Conv2d, (kernel_size, 1))),
+            '1d': ((AxisConv2d, (1, kernel_size)), (AxisConv2d, (kernel_size, 1))),
             '2d': ((nn.Conv2d, (kernel_size, kernel_size)),),
             'none': (),
         }[spatial_mixing]
@@ -719,7 +750,8 @@ class SplitMixer(nn.Module):
         elif self._has_own_stem():
             self._check_input(x)
         x = self.stem(_to_fast_format(x))
-        return _to_fast_format(x)  # an image of one channel does not tell its format
+        x = _to_fast_format(x)  # an image of one channel does not tell its format
+        return _to_square_format(x, self.kernel_size) if self.kernel_size > 1 else x
 
     @torch.jit.ignore
     def _piece_size(self, x: torch.Tensor) -> int:

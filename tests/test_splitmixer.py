@@ -1,4 +1,5 @@
 """ The architecture: against the paper's networks transcribed, the paper's figures, its ablations, and bad input."""
+import copy
 import math
 from functools import partial
 
@@ -548,7 +549,7 @@ class TestMemoryFormat:
     @pytest.mark.parametrize('change', [dict(padding_mode='circular'), dict(dilation=(1, 2)), dict(padding=(0, 1))])
     def test_changed_rows_in_train_mode(self, change):
         """ A convolution that was changed in place is what it was changed to in train mode as well."""
-        x, conv = torch.randn(2, 6, 5, 9), splitmixer.RowConv2d(6, 6, (1, 3), groups=6, padding='same')
+        x, conv = torch.randn(2, 6, 5, 9), splitmixer.AxisConv2d(6, 6, (1, 3), groups=6, padding='same')
         for name, value in change.items():
             setattr(conv, name, value)
         plain = nn.Conv2d(6, 6, (1, 3), groups=6, **{'padding': 'same', **change})
@@ -565,6 +566,48 @@ class TestMemoryFormat:
         x = torch.randn(2, 6, 4, 7, dtype=torch.double, requires_grad=True)
         torch.testing.assert_close(conv.train()(x), conv.eval()(x))
         assert torch.autograd.gradcheck(conv.train(), x)
+
+    @pytest.mark.parametrize('training', [True, False])
+    def test_square_kernels(self, training, images, monkeypatch):
+        """ Kernels with zeros around them, as on CUDA in half precision: the same outputs and gradients."""
+        model = SplitMixer(12, 2, kernel_size=5, patch_size=2).double().train(training)
+        sizes = []
+
+        def results(has_square_kernels):
+            monkeypatch.setattr(splitmixer, '_has_square_kernels', has_square_kernels)
+            model.zero_grad()
+            y = model(images.double())
+            y.square().sum().backward()
+            return y, [p.grad for p in model.parameters()]
+
+        expected = results(lambda x, size: False)
+        monkeypatch.setattr(splitmixer, '_row_conv', lambda x, weight, bias: F.conv2d(
+            x, splitmixer._axis_weight(x, weight), bias, padding='same', groups=len(weight)))
+        torch.testing.assert_close(results(lambda x, size: sizes.append(size) or size <= 7), expected)
+        assert set(sizes) == {5}
+
+    @pytest.mark.cuda
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA')
+    @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize('kernel_size', [3, 4, 5, 7, 9])
+    def test_half_precision_on_gpu(self, dtype, kernel_size):
+        """ Under autocast the gradients are as near to those in fp64 as the plain network's."""
+        model = SplitMixer(32, 2, kernel_size=kernel_size, patch_size=2).cuda()
+        plain = reference.plain_model(model)
+        images = torch.randn(8, 3, 32, 32, device='cuda')
+
+        def gradients(m, images, dtype=None):
+            with torch.autocast('cuda', dtype, enabled=dtype is not None):
+                m(images).square().sum().backward()
+            return {name: p.grad for name, p in m.named_parameters()}
+
+        ours, of_plain = gradients(model, images, dtype), gradients(plain, images, dtype)
+        theirs = checkpoint_filter_fn({**plain.state_dict(), **of_plain}, model)
+        exact = gradients(copy.deepcopy(model).double(), images.double())
+        errors = [
+            sum(((grads[name] - grad).norm() / grad.norm()).item() for name, grad in exact.items() if grad.ndim == 4)
+            for grads in (ours, theirs)]
+        assert errors[0] < 1.2 * errors[1]
 
     @pytest.mark.parametrize('kind', KINDS)
     def test_scripted_in_train_mode(self, kind, images):
