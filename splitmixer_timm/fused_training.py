@@ -8,7 +8,14 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from .fused import BLOCKS, STEMS, Unsupported, activation, check_supported
-from .splitmixer import SplitMixer, SplitMixerBlock
+from .splitmixer import (
+    SegmentMixing,
+    SeparateSegmentMixing,
+    SharedSegmentMixing,
+    SlidingSegmentMixing,
+    SplitMixer,
+    SplitMixerBlock,
+)
 
 try:
     import triton
@@ -18,6 +25,9 @@ except ImportError:  # torch for another platform comes without Triton
     triton = None
 
 __all__ = ['fuse_for_training']
+
+# Up to this many channels a product of half precision waits for memory, however many of its weights are zero.
+MAX_DENSE = 512
 
 
 class _Launch:
@@ -35,14 +45,15 @@ class _Launch:
 
     def spatial(self, kernel: Any, sums: int, kernel_size: int, *args: Any, **kwargs: Any) -> Optional[torch.Tensor]:
         """ Launch a spatial kernel; its sums (places, `sums`, C) if it has any."""
-        blocks = training_kernels.SPATIAL
+        is_backward = kernel is training_kernels.spatial_grad_kernel
+        blocks = training_kernels.BACKWARD if is_backward else training_kernels.FORWARD
         N, H, W, C = self.shape
         places = N * triton.cdiv(H, blocks['BH']) * triton.cdiv(W, blocks['BW'])
         if sums:
             out = self.empty(places, sums)
             args = (*args, out)
         kernel[(places * triton.cdiv(C, blocks['BC']),)](
-            *args, N, H, W, C, K=kernel_size, **kwargs, ALIGN=math.gcd(C, 4), **blocks, num_warps=4, num_stages=1,
+            *args, N, H, W, C, K=kernel_size, **kwargs, ALIGN=math.gcd(C, 4), **blocks, num_stages=1,
             enable_fp_fusion=True)
         return out if sums else None
 
@@ -55,7 +66,7 @@ class _Launch:
             params: Optional[torch.Tensor] = None,
     ) -> Optional[torch.Tensor]:
         """ Launch a step of the pointwise kernel; its sums (places, 1 or 2, C) if it has any."""
-        blocks = dict(training_kernels.POINTWISE)
+        blocks = dict(training_kernels.POINTWISE[step])
         columns = triton.cdiv(self.channels, blocks['BC'])
         rows = triton.cdiv(self.count, blocks['BM'])
         while blocks['TILES'] > 1 and triton.cdiv(rows, blocks['TILES']) * columns < training_kernels.PROGRAMS:
@@ -63,8 +74,8 @@ class _Launch:
         places = triton.cdiv(rows, blocks['TILES'])
         sums = None if step == 'norm' else self.empty(places, 1 if step == 'grad' else 2)
         training_kernels.pointwise_kernel[(places * columns,)](
-            u, other, out, params, sums, self.count, self.channels, STEP=step, **self.common, **blocks, num_warps=4,
-            num_stages=1, enable_fp_fusion=True)
+            u, other, out, params, sums, self.count, self.channels, STEP=step, **self.common, **blocks, num_stages=1,
+            enable_fp_fusion=True)
         return sums
 
     def norm(
@@ -196,6 +207,75 @@ class SpatialMixing(Function):
             shift2_grad, None, None, None)
 
 
+class ChannelMixing(Function):
+    """ Channel mixing of features (N, H, W, C) as one product over all channels, its activation, norm and residual, of
+    which the input and the product are stored."""
+
+    @staticmethod
+    def forward(ctx, x, matrix, bias, weight, shift, norm: nn.BatchNorm2d, act: str, residual: bool):
+        launch = _Launch(x, act)
+        matrix = matrix.to(x.dtype)
+        u = torch.addmm(bias.to(x.dtype), x.flatten(0, 2), matrix.T).view(x.shape)
+        affine = launch.empty(2)
+        moments = launch.norm(launch.pointwise('sums', u), norm, weight, shift, affine)
+        y = torch.empty_like(u)
+        launch.pointwise('norm', u, x if residual else None, y, affine)
+        ctx.save_for_backward(x, u, matrix, weight, moments)
+        ctx.dtype = bias.dtype
+        ctx.act = act
+        ctx.residual = residual
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, y_grad):
+        x, u, matrix, weight, moments = ctx.saved_tensors
+        y_grad = y_grad.contiguous()
+        launch = _Launch(u, ctx.act)
+        sums = launch.pointwise('grad sums', u, y_grad)
+        weight_grad, shift_grad, coefficients = launch.norm_grad(sums, 0, weight, moments)
+        u_grad = torch.empty_like(u)
+        sums = launch.pointwise('grad', u, y_grad, u_grad, coefficients)
+        bias_grad = sums.sum((0, 1)).to(ctx.dtype)
+        u_grad = u_grad.flatten(0, 2)
+        matrix_grad = (u_grad.T @ x.flatten(0, 2)).to(ctx.dtype)
+        x_grad = None
+        if ctx.needs_input_grad[0]:
+            x_grad = torch.addmm(y_grad.flatten(0, 2), u_grad, matrix) if ctx.residual else u_grad @ matrix
+            x_grad = x_grad.view(x.shape)
+        return x_grad, matrix_grad, bias_grad, weight_grad, shift_grad, None, None, None
+
+
+def _dense(mixer: nn.Module) -> Optional[Tuple[torch.Tensor, torch.Tensor]]:
+    """ Channel mixing as one matrix and bias, differentiable in its parameters; None for a mixer of another type."""
+    if type(mixer) is nn.Sequential:
+        stages = [_dense(child) for child in mixer]
+        if None in stages:
+            return None
+        matrix, bias = stages[0]
+        for after, after_bias in stages[1:]:
+            matrix, bias = after @ matrix, after @ bias + after_bias
+        return matrix, bias
+    if type(mixer) is SegmentMixing:
+        before, _, after = mixer.sizes
+        weight = mixer.conv.weight.flatten(1)
+        kept = [torch.eye(size, dtype=weight.dtype, device=weight.device) for size in (before, after)]
+        return torch.block_diag(kept[0], weight, kept[1]), nn.functional.pad(mixer.conv.bias, (before, after))
+    if type(mixer) is SharedSegmentMixing:
+        count = mixer.num_segments
+        return torch.block_diag(*[mixer.conv.weight.flatten(1)] * count), mixer.conv.bias.repeat(count)
+    if type(mixer) is SeparateSegmentMixing:
+        weights = [conv.weight.flatten(1) for conv in mixer.convs]
+        return torch.block_diag(*weights), torch.cat([conv.bias for conv in mixer.convs])
+    if type(mixer) is SlidingSegmentMixing:
+        weight, count = mixer.conv.weight.flatten(1), len(mixer.starts)
+        dim = len(weight) * count
+        rows = [
+            nn.functional.pad(weight, (start, dim - start - mixer.kernel_size)) for start in mixer.starts]
+        return torch.stack(rows, dim=1).flatten(0, 1), mixer.conv.bias.repeat_interleave(count)
+    return None
+
+
 def _to_nhwc(x: torch.Tensor) -> torch.Tensor:
     return x.permute(0, 2, 3, 1).contiguous()
 
@@ -224,7 +304,11 @@ class FusedStem(nn.Sequential):
 
 
 class FusedBlock(SplitMixerBlock):
-    """ Block of a `SplitMixer`; the products of its channel mixing stay torch's."""
+    """ Block of a `SplitMixer`.
+
+    The product of channel mixing is torch's. In half precision it is one over all channels: the GPU's tensor cores make
+    it while the features are read and written once, where segments are copied out and in.
+    """
 
     def _mix_positions(self, x: torch.Tensor) -> torch.Tensor:
         mixing = self.spatial_mixing
@@ -245,12 +329,28 @@ class FusedBlock(SplitMixerBlock):
         if not _is_fused(self, x):
             return super().forward(x)
         with torch.cuda.device_of(x):
-            x = self._mix_positions(x)
-            mixing = self.channel_mixing
-            if isinstance(mixing, nn.Identity):
-                return x
+            return self._mix_channels(self._mix_positions(x))
+
+    def _mix_channels(self, x: torch.Tensor) -> torch.Tensor:
+        mixing = self.channel_mixing
+        if isinstance(mixing, nn.Identity):
+            return x
+        is_dropped = not isinstance(self.drop_path, nn.Identity)
+        residual = self.channel_residual and not is_dropped
+        dense = None
+        if x.dtype.itemsize == 2 and x.shape[1] <= MAX_DENSE:
+            with torch.autocast(x.device.type, enabled=False):
+                dense = _dense(mixing.mixer)
+        if dense is None:
             y = _act_norm(mixing.mixer(x), mixing.act, mixing.norm)
-            return x + self.drop_path(y) if self.channel_residual else y
+            if residual:
+                y = x + y
+        else:
+            norm = mixing.norm
+            y = ChannelMixing.apply(
+                _to_nhwc(x), *dense, norm.weight, norm.bias, norm, activation(mixing.act), residual)
+            y = y.permute(0, 3, 1, 2)
+        return x + self.drop_path(y) if self.channel_residual and is_dropped else y
 
 
 # in eval mode they are what they were made of
@@ -263,8 +363,8 @@ def fuse_for_training(model: SplitMixer) -> SplitMixer:
 
     The model is changed in place; its parameters, buffers and the names of both stay. The kernels run in train mode on
     CUDA, with norms in fp32 and features in fp32 or, under autocast, half precision. Elsewhere, and where a norm is set
-    to eval mode, the plain layers run. Of the layers inside a block only the convolutions of channel mixing are called,
-    hooks of the others are not. `torch.compile` leaves stem and blocks as they are.
+    to eval mode, the plain layers run. The layers inside a block are not called, nor are their hooks. `torch.compile`
+    leaves stem and blocks as they are.
 
     Args:
         model: The model.

@@ -9,13 +9,15 @@ from torch import nn
 from torch.autograd import gradcheck
 from triton_device import DEVICE, TOLERANCE, compile_kernel, cuda, not_interpreted, run_interpreted, runs_kernels
 
-from splitmixer_timm import SplitMixer, optimize_for_inference, training_kernels
+from splitmixer_timm import SplitMixer, fused_training, optimize_for_inference, training_kernels
 from splitmixer_timm.fused import Unsupported
 from splitmixer_timm.fused_training import (
     ActNorm,
+    ChannelMixing,
     FusedBlock,
     FusedStem,
     SpatialMixing,
+    _dense,
     _Launch,
     fuse_for_training,
 )
@@ -103,6 +105,42 @@ def test_gradients_of_act_norm(act, programs, monkeypatch):
 
 
 @runs_kernels
+@pytest.mark.parametrize(('act', 'residual'), [('gelu', True), ('relu', False)])
+def test_gradients_of_channel_mixing(act, residual):
+    options = dict(dtype=torch.float64, device=DEVICE)
+    x = torch.randn(1, 5, 4, 3, **options, requires_grad=True)
+    params = [torch.randn(shape, **options, requires_grad=True) for shape in ((3, 3), (3,), (3,), (3,))]
+    norm = nn.BatchNorm2d(3, **options)
+    assert gradcheck(lambda *args: ChannelMixing.apply(*args, norm, act, residual), (x, *params), fast_mode=True)
+
+
+@not_interpreted
+@pytest.mark.parametrize('kwargs', [
+    dict(channel_mixing='i', dim=17, overlap_ratio='4/7'),
+    dict(channel_mixing='ii', dim=17, num_segments=3),
+    dict(channel_mixing='iii', dim=18, num_segments=3),
+    dict(channel_mixing='iv', dim=17, num_segments=3),
+    dict(channel_mixing='v', dim=17),
+    dict(channel_mixing='3d', dim=10, channel_kernel_size=6, channel_stride=4),
+    dict(channel_mixing='full', dim=17),
+], ids=lambda kwargs: kwargs['channel_mixing'])
+def test_channel_mixing_as_one_matrix(kwargs):
+    """ Of every block, values and gradients."""
+    for block in SplitMixer(depth=3, **kwargs).double().blocks:
+        mixer = block.channel_mixing.mixer
+        x = torch.randn(2, kwargs['dim'], 3, 4, dtype=torch.float64)
+        expected = mixer(x)
+        matrix, bias = _dense(mixer)
+        y = torch.einsum('nihw,oi->nohw', x, matrix) + bias[:, None, None]
+        torch.testing.assert_close(y, expected)
+        weight = torch.randn_like(y)
+        grads, expected_grads = (
+            torch.autograd.grad((out * weight).sum(), list(mixer.parameters())) for out in (y, expected))
+        torch.testing.assert_close(grads, expected_grads)
+    assert _dense(nn.Sequential(mixer, nn.Identity())) is None
+
+
+@runs_kernels
 @pytest.mark.parametrize('kwargs', [
     dict(channel_mixing='i', dim=17, kernel_size=5),
     dict(channel_mixing='iii', act_layer='relu', kernel_size=4),
@@ -129,9 +167,15 @@ def test_step(kwargs):
 
 
 @runs_kernels
-def test_half_precision():
+@pytest.mark.parametrize('kwargs', [
+    dict(), dict(channel_mixing='iv', channel_residual=True), dict(channel_mixing='v', drop_path_rate=0.2),
+    dict(channel_mixing='3d', channel_residual=True, drop_path_rate=0.2),
+], ids=lambda kwargs: '-'.join(f'{name}={value}' for name, value in kwargs.items()))
+@pytest.mark.parametrize('dense', [True, False])
+def test_half_precision(kwargs, dense, monkeypatch):
     """ Under autocast the gradients are as near to those in fp32 as the plain layers' are."""
-    model = _model(dim=16, depth=2)
+    monkeypatch.setattr(fused_training, 'MAX_DENSE', 16 if dense else 15)
+    model = _model(dim=16, depth=2, **kwargs)
     fused = fuse_for_training(copy.deepcopy(model))
     x = torch.randn(4, 3, 8, 10, device=DEVICE)
     _, reference = _step(model, x)
@@ -249,22 +293,23 @@ def test_compilation():
         pointers = {**dict.fromkeys(features, f'*{name}'), **dict.fromkeys(others, '*fp32'), 'batches_ptr': '*i64'}
         act = 'gelu_half' if act == 'gelu' and name != 'fp32' else act
         common = dict(ACT=act, ACC=kernels._accumulator(torch.float32), K=kernel_size, ALIGN=4, RESIDUAL=True)
-        spatial = {**common, **training_kernels.SPATIAL}
+        spatial = {**common, **training_kernels.FORWARD}
+        backward = {**common, **training_kernels.BACKWARD}
         uses = [
             (kernels.spatial_kernel.fn, dict(spatial, TRAINING=True)),
             (training_kernels.row_sums_kernel, spatial),
-            (training_kernels.spatial_grad_kernel, dict(spatial, FIRST=True, out_ptr=None, coefficients_ptr=None)),
-            (training_kernels.spatial_grad_kernel, dict(spatial, FIRST=False)),
+            (training_kernels.spatial_grad_kernel, dict(backward, FIRST=True, out_ptr=None, coefficients_ptr=None)),
+            (training_kernels.spatial_grad_kernel, dict(backward, FIRST=False)),
             (training_kernels.row_grad_kernel, spatial),
             (training_kernels.norm_kernel, training_kernels.NORM),
             (training_kernels.norm_grad_kernel, dict(training_kernels.NORM, ROW=kernel_size, ROWS=kernel_size + 2)),
         ]
         uses += [(training_kernels.pointwise_kernel,
-                  {**common, **training_kernels.POINTWISE, 'STEP': step, **dict.fromkeys(names)})
+                  {**common, **training_kernels.POINTWISE[step], 'STEP': step, **dict.fromkeys(names)})
                  for step, names in without.items()]
         for kernel, constants in uses:
             arguments = dict(pointers, momentum='fp32', eps='fp32')
-            warps = 8 if 'BP' in constants else 4
+            warps = constants.get('num_warps', 8)
             shared, stack = compile_kernel(kernel, arguments, constants, pointers, capability, warps, 1)
             assert shared <= 48 * 1024
             assert stack <= 16
