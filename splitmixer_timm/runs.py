@@ -17,8 +17,8 @@ PATH_ARGS = {
     'resume': '<RESUME>', 'initial_checkpoint': '<CHECKPOINT>', 'pretrained_path': '<CHECKPOINT>',
     'class_map': '<CLASS_MAP>',
 }
-# what may differ between the parts of a run, and between its seeds: mixed precision is as the device has it
-LOCAL_ARGS = {'data', 'data_dir', 'output', 'device', 'workers', 'amp', 'amp_dtype'}
+# what may differ between the parts of a run, and between its seeds: precision and kernels are as the device has them
+LOCAL_ARGS = {'data', 'data_dir', 'output', 'device', 'device_modules', 'workers', 'amp', 'amp_dtype'}
 
 loading = threading.RLock()  # what torch may unpickle is a setting of the whole process
 

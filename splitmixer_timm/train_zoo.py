@@ -6,6 +6,10 @@ Without names it trains all of the queue file (`weights/queue.yaml`), which says
 differs from it (`args`) and the seeds, the first of which is published. `DATA/cifar10` and so on hold `train/CLASS` and
 `validation/CLASS`. The same command again resumes what was cut off and trains nothing twice. Mixed precision is fp16 on
 a GPU, bf16 on a CPU that has it, none on others, but where the queue says otherwise. Needs the `bench` extra.
+
+On a GPU, `--fused` trains SplitMixers by the kernels of `fuse_for_training`, and all by torch's fused AdamW. Where
+augmentation on the CPU holds several runs up, `--share-images /dev/shm` has those of a data set augment each image once
+an epoch for all of them.
 """
 import argparse
 import hashlib
@@ -15,19 +19,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from time import monotonic, sleep
-from typing import Any, Dict, List, Optional, Set, TextIO
+from typing import Any, Dict, List, Optional, Sequence, Set, TextIO
 
 import torch
 import yaml
 from tqdm import tqdm
 
-from . import manifest
+from . import manifest, splitmixer
 from .add_run import (
     ELAPSED,
     add_runs,
@@ -66,6 +71,7 @@ REPORT_SECONDS = 60.  # where there is no terminal for a progress bar
 # else glibc returns large tensors to the system and fetches them anew, page by page, at each step on a CPU
 KEEP_MEMORY = {'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': str(sys.maxsize)}
 RECIPES_PRECISION = 'amp_dtype float16'  # where nothing is said of it
+FUSED, SHARED = 'splitmixer_timm.train_fused', 'splitmixer_timm.shared_images'
 LOCK_SECONDS = 10.  # data loaders outlive by that much a train.py that was killed
 
 
@@ -97,7 +103,14 @@ class Model:
     runs: List[Run]
 
 
-def read_queue(path: Path, patterns: List[str], output: Path, script: Path, **train_args) -> List[Model]:
+def read_queue(
+        path: Path,
+        patterns: List[str],
+        output: Path,
+        script: Path,
+        modules: Sequence[str] = (),
+        **train_args,
+) -> List[Model]:
     """ Models of a queue file that fit one of the patterns, all of them where there is none.
 
     Args:
@@ -105,6 +118,7 @@ def read_queue(path: Path, patterns: List[str], output: Path, script: Path, **tr
         patterns: Names or patterns of names.
         output: Folder of the runs.
         script: timm's train.py.
+        modules: Modules for train.py to import beside the recipe's, `FUSED` for SplitMixers only.
         **train_args: Arguments of train.py for all runs.
 
     Raises:
@@ -126,7 +140,7 @@ def read_queue(path: Path, patterns: List[str], output: Path, script: Path, **tr
         r"""(?:add_argument\(\s*(?:['"]-\w+['"],\s*)?['"]--|dest=['"])([\w-]+)""", script.read_text(encoding='utf-8'))
     options = {name.replace('-', '_') for name in names}
     return [
-        _read_model(path, name, item, output, train_args, options) for name, item in queue.items()
+        _read_model(path, name, item, output, modules, train_args, options) for name, item in queue.items()
         if not patterns or any(fnmatch(name, pattern) for pattern in patterns)
     ]
 
@@ -144,6 +158,7 @@ def _read_model(
         name: str,
         item: Any,
         output: Path,
+        modules: Sequence[str],
         train_args: Dict[str, Any],
         options: Set[str],
 ) -> Model:
@@ -176,6 +191,9 @@ def _read_model(
         raise ValueError(f'seeds of {name} in {path} must be a list of different integers, got {seeds!r}')
     if 'amp_dtype' in args:
         args = {'amp': True, **args}  # asked for, whatever the device's own would be
+    base['device_modules'] += [module for module in modules if module != FUSED or arch in splitmixer.VARIANTS]
+    if FUSED in modules:
+        base['opt_kwargs'] = {**base.get('opt_kwargs', {}), 'fused': True}
     runs = []
     for seed in seeds:
         config = {
@@ -200,8 +218,14 @@ def mixed_precision(device: str) -> Dict[str, Any]:
 
 
 def precision(run_args: Dict[str, Any]) -> str:
-    """ Arguments of train.py that say what a run computes in."""
-    return f'amp_dtype {run_args.get("amp_dtype", "float16")}' if run_args.get('amp') else 'amp False'
+    """ What a run computes in, by what, and whether on images that it shares, of its arguments of train.py."""
+    modules = run_args.get('device_modules') or []
+    is_fused = FUSED in modules and not str(run_args.get('device', 'cuda')).startswith('cpu')
+    return '; '.join([
+        f'amp_dtype {run_args.get("amp_dtype", "float16")}' if run_args.get('amp') else 'amp False',
+        *(['fused kernels'] if is_fused else []),
+        *(['images shared with other runs'] if SHARED in modules else []),
+    ])
 
 
 def trained_in(folder: Path) -> List[str]:
@@ -300,7 +324,7 @@ def note_machine(
         manifest.replace_file(file, yaml.safe_dump([*parts, part]).encode())
 
 
-def start(run: Run, scripts: Path, machine: str, runs: int) -> subprocess.Popen:
+def start(run: Run, scripts: Path, machine: str, runs: int, shared: str = '') -> subprocess.Popen:
     """ Begin a run, or go on after its last checkpoint; what it prints is kept in its folder.
 
     Args:
@@ -308,6 +332,7 @@ def start(run: Run, scripts: Path, machine: str, runs: int) -> subprocess.Popen:
         scripts: Folder with timm's train.py.
         machine: What it is trained on, as its model's entry will name it.
         runs: How many share the machine at most, this one included.
+        shared: Folder of the images that runs share, if they do.
 
     Raises:
         RuntimeError: If the folder is in use, or its checkpoints cannot be read.
@@ -344,7 +369,8 @@ def start(run: Run, scripts: Path, machine: str, runs: int) -> subprocess.Popen:
             return subprocess.Popen(
                 [sys.executable, str(scripts / 'train.py'), '--config', str(run.folder / 'config.yaml')],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                env={**allocator, **environment()}, pass_fds=[held.fileno()] if held else ())
+                env={**allocator, **environment(SPLITMIXER_SHARED_IMAGES=shared)},
+                pass_fds=[held.fileno()] if held else ())
     finally:
         if held:
             held.close()  # it is train.py's now
@@ -381,6 +407,7 @@ def train(
         device: str,
         machine: str,
         jobs: int,
+        shared: str = '',
 ) -> List[str]:
     """ Train the models, `jobs` runs at once, and add each to the zoo when its last run is finished.
 
@@ -414,7 +441,7 @@ def train(
             while waiting and len(running) < jobs:
                 run = waiting.pop(0)
                 try:
-                    running[run.folder] = start(run, scripts, machine, at_once)
+                    running[run.folder] = start(run, scripts, machine, at_once, shared)
                 except (OSError, RuntimeError, ValueError, yaml.YAMLError) as e:
                     fail(f'{run.folder.name}: not started: {e}')
             for folder, process in list(running.items()):
@@ -483,16 +510,26 @@ def main(argv: Optional[List[str]] = None) -> int:
         '--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='default here: %(default)s')
     parser.add_argument('--jobs', type=positive, default=1, help='runs at once (default: %(default)s)')
     parser.add_argument('--workers', type=int, default=4, help='data loaders a run (default: %(default)s)')
+    parser.add_argument(
+        '--fused', action='store_true',
+        help='train SplitMixers by the kernels of fuse_for_training, where there is CUDA, and all by fused AdamW')
+    parser.add_argument(
+        '--share-images', type=Path, metavar='DIR',
+        help='have runs share the augmented images of an epoch, in a folder in memory (15 GB for 100 epochs of CIFAR)')
     args = parser.parse_args(argv)
     if args.workers < 0:
         parser.error(f'--workers must be at least 0, got {args.workers}')
     for script in ('train.py', 'validate.py'):
         if not (args.scripts / script).is_file():
             parser.error(f'--scripts must be a folder with train.py and validate.py, {args.scripts} has no {script}')
+    if args.share_images and (fcntl is None or not args.share_images.is_dir()):
+        parser.error(f'--share-images must be a folder, on a system with file locks, got {args.share_images}')
+    modules = [*([FUSED] if args.fused else []), *([SHARED] if args.share_images else [])]
     try:
         models = read_queue(
-            args.queue, args.names, args.output.resolve(), args.scripts / 'train.py', data_dir=args.data_dir.resolve(),
-            device=args.device, workers=args.workers, **mixed_precision(args.device))
+            args.queue, args.names, args.output.resolve(), args.scripts / 'train.py', modules,
+            data_dir=args.data_dir.resolve(), device=args.device, workers=args.workers,
+            **mixed_precision(args.device))
         machine = device_name(args.device)
     except ValueError as e:
         parser.error(str(e))
@@ -501,7 +538,11 @@ def main(argv: Optional[List[str]] = None) -> int:
             if not (args.data_dir / dataset / split).is_dir():
                 parser.error(f'--data-dir must have image folders {dataset}/{split}, {args.data_dir} has not')
     signal.signal(signal.SIGTERM, _end)
-    return 1 if train(models, args.scripts, args.data_dir, args.device, machine, args.jobs) else 0
+    with ExitStack() as stack:
+        shared = ''
+        if args.share_images:
+            shared = stack.enter_context(tempfile.TemporaryDirectory(prefix='splitmixer-', dir=args.share_images))
+        return 1 if train(models, args.scripts, args.data_dir, args.device, machine, args.jobs, shared) else 0
 
 
 if __name__ == '__main__':

@@ -1,0 +1,28 @@
+""" Every SplitMixer that is created after the import of this trains by the kernels of `fuse_for_training`.
+
+For timm's train.py: `--device-modules splitmixer_timm splitmixer_timm.train_fused`.
+"""
+import logging
+
+from torch import nn
+
+from . import splitmixer
+from .fused import Unsupported
+from .fused_training import fuse_for_training
+
+__all__ = []
+
+_logger = logging.getLogger(__name__)
+_create_variant = splitmixer.create_variant
+
+
+def _create_fused(*args, **kwargs) -> nn.Module:
+    model = _create_variant(*args, **kwargs)
+    try:
+        return fuse_for_training(model)
+    except Unsupported as e:
+        _logger.warning(f'The plain layers are trained: there are no kernels for {e}.')
+        return model
+
+
+splitmixer.create_variant = _create_fused
