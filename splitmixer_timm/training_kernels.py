@@ -26,13 +26,13 @@ __all__ = []
 # positions and channels of a tile of the pointwise kernels' steps, tiles of a program at most, and warps. On a GPU the
 # fastest of a dozen, measured on an H200 at the sizes of CIFAR's networks.
 _SPATIAL, _POINTWISE = ('BH', 'BW', 'BC', 'VEC', 'num_warps'), ('BM', 'BC', 'TILES', 'num_warps')
-FORWARD = dict(zip(_SPATIAL, (4, 8, 16, 2, 1) if INTERPRETED else (16, 8, 64, 4, 4)))
-BACKWARD = dict(zip(_SPATIAL, (4, 8, 16, 2, 1) if INTERPRETED else (16, 16, 32, 2, 4)))
+FORWARD = dict(zip(_SPATIAL, (4, 8, 16, 2, 1) if INTERPRETED else (16, 2, 128, 4, 1)))
+BACKWARD = dict(zip(_SPATIAL, (4, 8, 16, 2, 1) if INTERPRETED else (16, 2, 128, 2, 2)))
 POINTWISE = {step: dict(zip(_POINTWISE, (16, 16, 2, 1) if INTERPRETED else blocks)) for step, blocks in {
-    'sums': (32, 64, 16, 4),
-    'norm': (32, 64, 16, 4),
-    'grad sums': (32, 64, 16, 4),
-    'grad': (16, 128, 16, 8),
+    'sums': (64, 64, 16, 8),
+    'norm': (32, 128, 1, 4),
+    'grad sums': (64, 64, 16, 4),
+    'grad': (16, 64, 16, 4),
 }.items()}
 # Places and channels of a tile of the kernels that add the sums up.
 NORM = dict(BP=4, BC=16) if INTERPRETED else dict(BP=256, BC=16)
