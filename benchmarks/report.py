@@ -81,7 +81,10 @@ def speed_tables() -> str:
     parts = []
     for _, rows in throughput():
         if reports.is_papers(rows) and reports.measured(rows, 'steady'):
-            parts += [speed_table(rows, alike.get(rows[0]['device'])), f'{reports.source(rows)}.']
+            others = reports.other_processes(rows)
+            parts += [
+                speed_table(rows, alike.get(rows[0]['device'])),
+                f'{reports.source(rows)}.{f" {others}." if others else ""}']
     return '\n\n'.join(parts) or 'None of ours is measured yet.'
 
 

@@ -17,6 +17,7 @@ import datetime
 import hashlib
 import io
 import json
+import math
 import re
 import runpy
 import subprocess
@@ -39,10 +40,10 @@ from .cli import ARCHITECTURES, positive
 from .machine import device_name
 from .run import environment
 from .runs import (
-    LOCAL_ARGS,
     MADE_ON,
     PATH_ARGS,
     checkpoint_epoch,
+    comparable_args,
     finished_epochs,
     loading,
     public_args,
@@ -67,11 +68,17 @@ def checked_name(name: str) -> Tuple[str, str]:
     return arch, tag
 
 
-def planned_epochs(run_args: Dict[str, Any]) -> int:
-    """ Epochs of a run to its end, warm-up, cycles and cool-down included, as train.py has them from its scheduler."""
+def planned_epochs(run_args: Dict[str, Any], images: int = 0) -> int:
+    """ Epochs of a run to its end, warm-up, cycles and cool-down included, as train.py has them from its scheduler.
+
+    Args:
+        run_args: Arguments of train.py.
+        images: Training images, 0 if not known: timm rounds the length of a cycle to updates.
+    """
+    updates = math.ceil(images // (run_args.get('batch_size') or 1) / (run_args.get('grad_accum_steps') or 1))
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=run_args['lr'] or 1.)
     kwargs = scheduler_kwargs(argparse.Namespace(**run_args))
-    return create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=1000)[1]
+    return create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=updates or 1000)[1]
 
 
 def training_hours(run_dir: Path) -> float:
@@ -178,10 +185,11 @@ def validate(
     return json.loads(results.read_text())
 
 
-def _checked_run(run_dir: Path, arch: str) -> Dict[str, Any]:
+def _checked_run(run_dir: Path, arch: str, data_dir: Path) -> Dict[str, Any]:
     """ Arguments of a run, or a ValueError if it is not a finished one of that architecture."""
     run_args = read_args(run_dir)
-    epochs, planned = finished_epochs(read_summary(run_dir)), planned_epochs(run_args)
+    images = count_images(data_dir / run_args['train_split'])
+    epochs, planned = finished_epochs(read_summary(run_dir)), planned_epochs(run_args, images)
     if epochs != planned:
         raise ValueError(f'{run_dir} has {epochs} of {planned} epochs: train it to the end first')
     if not (run_dir / 'last.pth.tar').is_file():
@@ -235,12 +243,13 @@ def add_runs(
         raise ValueError(f'scripts must be a folder with validate.py, {scripts} has none')
     if not count_images(data_dir / split):
         raise ValueError(f'data_dir must have image folders {split}, {data_dir} has no images there')
-    all_args = [_checked_run(run_dir, arch) for run_dir in run_dirs]
+    all_args = [_checked_run(run_dir, arch, data_dir) for run_dir in run_dirs]
     run_dir, run_args = run_dirs[0], all_args[0]
     for other_dir, other_args in zip(run_dirs, all_args):
+        one, other = comparable_args(run_args), comparable_args(other_args)
         different = sorted(
-            key for key in run_args.keys() | other_args.keys()
-            if key not in {'seed', 'experiment', *LOCAL_ARGS, *PATH_ARGS} and run_args.get(key) != other_args.get(key))
+            key for key in one.keys() | other.keys()
+            if key not in {'seed', 'experiment', *PATH_ARGS} and one.get(key) != other.get(key))
         if different:
             raise ValueError(f'{other_dir} must differ from {run_dir} in the seed alone, not in {", ".join(different)}')
     for folder in (run_args['train_split'], split):

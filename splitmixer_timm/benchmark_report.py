@@ -151,6 +151,13 @@ def source(rows: Rows) -> str:
     ])
 
 
+def other_processes(rows: Rows) -> str:
+    """ Whether a GPU had no other process while the rows were measured; nothing where there was no GPU."""
+    others = {row['other_processes'] for row in rows} - {''}
+    return 'Only process on the GPU: ' + (
+        'yes' if others == {'0'} else 'no' if others != {'unknown'} else 'unknown') if others else ''
+
+
 def describe(rows: Rows) -> str:
     """ Paragraph on how the rows of one setting were measured, and what is amiss with them."""
     sentences = [source(rows)]
@@ -176,10 +183,8 @@ def describe(rows: Rows) -> str:
             sentences.append(f'Not yet stable when warm-up ended: {"; ".join(unstable)}')
     if any(row['memory'] == 'kept' for row in (*paper, *steady)):
         sentences.append('The allocator keeps what is freed')
-    others = {row['other_processes'] for row in (*paper, *steady)} - {''}
-    if others:
-        sentences.append('Only process on the GPU: ' + (
-            'yes' if others == {'0'} else 'no' if others != {'unknown'} else 'unknown'))
+    if others := other_processes([*paper, *steady]):
+        sentences.append(others)
     sentences += [f'{label(_row(row))} failed ({row["protocol"]}): {row["error"]}' for row in rows if row['error']]
     return '. '.join(sentences) + '.'
 

@@ -306,8 +306,8 @@ class FusedStem(nn.Sequential):
 class FusedBlock(SplitMixerBlock):
     """ Block of a `SplitMixer`.
 
-    The product of channel mixing is torch's. In half precision it is one over all channels: the GPU's tensor cores make
-    it while the features are read and written once, where segments are copied out and in.
+    The product of channel mixing is torch's. In half precision it is one over all channels, if these are not too many:
+    the GPU's tensor cores make it while the features are read and written once, where segments are copied out and in.
     """
 
     def _mix_positions(self, x: torch.Tensor) -> torch.Tensor:
@@ -358,16 +358,18 @@ STEMS.append(FusedStem)
 BLOCKS.append(FusedBlock)
 
 
-def fuse_for_training(model: SplitMixer) -> SplitMixer:
+def fuse_for_training(model: SplitMixer, device: Optional[torch.device] = None) -> SplitMixer:
     """ Make a model train by Triton kernels on CUDA that keep less than half of what the plain layers do.
 
     The model is changed in place; its parameters, buffers and the names of both stay. The kernels run in train mode on
     CUDA, with norms in fp32 and features in fp32 or, under autocast, half precision. Elsewhere, and where a norm is set
-    to eval mode, the plain layers run. The layers inside a block are not called, nor are their hooks. `torch.compile`
-    leaves stem and blocks as they are.
+    to eval mode, the plain layers run. Of the layers inside a block only the convolutions of channel mixing are called,
+    these not either in half precision with up to 512 channels; hooks of the others are not. `torch.compile` leaves stem
+    and blocks as they are.
 
     Args:
         model: The model.
+        device: Where it will be trained, its own device if None.
 
     Returns:
         The model.
@@ -386,7 +388,7 @@ def fuse_for_training(model: SplitMixer) -> SplitMixer:
     if any(hasattr(block.spatial_mixing, 'conv1') and not hasattr(block.spatial_mixing, 'conv2')
            for block in model.blocks):
         raise Unsupported("spatial_mixing='2d'")
-    device = model.stem[0].weight.device
+    device = device or model.stem[0].weight.device
     if device.type == 'cuda' or kernels.INTERPRETED:
         kernels.check_launches(device)
     if type(model.stem) is nn.Sequential:

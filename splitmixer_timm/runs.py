@@ -17,8 +17,10 @@ PATH_ARGS = {
     'resume': '<RESUME>', 'initial_checkpoint': '<CHECKPOINT>', 'pretrained_path': '<CHECKPOINT>',
     'class_map': '<CLASS_MAP>',
 }
-# what may differ between the parts of a run, and between its seeds: precision and kernels are as the device has them
-LOCAL_ARGS = {'data', 'data_dir', 'output', 'device', 'device_modules', 'workers', 'amp', 'amp_dtype'}
+# what may differ between the parts of a run, and between its seeds: mixed precision is as the device has it
+LOCAL_ARGS = {'data', 'data_dir', 'output', 'device', 'workers', 'amp', 'amp_dtype'}
+# modules for train.py that make it faster, and change nothing else in what it computes
+FUSED, SHARED = 'splitmixer_timm.train_fused', 'splitmixer_timm.shared_images'
 
 loading = threading.RLock()  # what torch may unpickle is a setting of the whole process
 
@@ -37,6 +39,16 @@ def read_args(run_dir: Path) -> Dict[str, Any]:
     except ValueError:  # train.py was cut off while it wrote them anew
         return run_args
     return {**run_args, **{key: value for key, value in here.items() if key in LOCAL_ARGS}}
+
+
+def comparable_args(run_args: Dict[str, Any]) -> Dict[str, Any]:
+    """ Arguments that are the same in all parts of a run: without where it runs, and how fast."""
+    args = {key: value for key, value in run_args.items() if key not in LOCAL_ARGS}
+    if args.get('device_modules'):
+        args['device_modules'] = [module for module in args['device_modules'] if module not in (FUSED, SHARED)]
+    if args.get('opt_kwargs'):
+        args['opt_kwargs'] = {key: value for key, value in args['opt_kwargs'].items() if key != 'fused'}
+    return args
 
 
 def _read_args(path: Path) -> Dict[str, Any]:

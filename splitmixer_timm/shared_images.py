@@ -5,21 +5,37 @@ Where several models train on one GPU, augmentation on the CPU holds them up. Im
 memory (`/dev/shm/NAME`): an image is augmented anew in each epoch by the run that comes to it first, and the others
 take what that one made. Each run has its own order of the images. Without the variable nothing changes.
 
-It takes the pixels of each image for each epoch: 15 GB for 100 epochs of CIFAR. Whoever names the folder removes it.
+Epochs that all runs have passed are removed: it takes the pixels of an epoch (150 MB of CIFAR) for each epoch that the
+runs are apart. What is left at the end is for whoever names the folder to remove. Repeats of an image in an epoch
+(`--aug-repeats`) would be the same, and `--use-multi-epochs-loader` begins an epoch before it is told.
 """
-import fcntl
 import hashlib
+import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
 
 import torch
 from timm.data import ImageDataset, dataset_factory
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 __all__ = ['FOLDER', 'SharedImageDataset']
 
 FOLDER = 'SPLITMIXER_SHARED_IMAGES'
 _HEADER = 9  # whether the image is there, and its target
+
+_logger = logging.getLogger(__name__)
+
+
+def _describe(transform: Any) -> str:
+    """ All that images depend on: what timm's transforms show of themselves leaves out the colour of empty corners."""
+    ops = [op for part in getattr(transform, 'transforms', []) for op in getattr(part, 'ops', [])]
+    return f'{transform} {[getattr(op, "kwargs", None) for op in ops]}'
 
 
 class SharedImageDataset(ImageDataset):
@@ -30,16 +46,35 @@ class SharedImageDataset(ImageDataset):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._made_of = repr((args, sorted(kwargs.items())))
+        classes = getattr(self.reader, 'class_to_idx', None)
+        self._made_of = repr((args, sorted(kwargs.items()), len(self), classes))
         self._epoch = torch.full((), -1).share_memory_()  # data loaders read it
         self._shape: Optional[Tuple[int, ...]] = None
+        self._folder: Optional[Path] = None
         self._open: Tuple[int, int] = (-1, -1)  # epoch and its file
+        self._is_full = False
 
     def __getstate__(self) -> Dict[str, Any]:
         return {**self.__dict__, '_open': (-1, -1)}  # a file is of one process
 
     def set_epoch(self, epoch: int) -> None:
+        """ Begin an epoch, and remove those that this run and all others have passed."""
         self._epoch.fill_(epoch)
+        if self._folder is None:
+            name = hashlib.sha256(f'{self._made_of} {_describe(self.transform)}'.encode()).hexdigest()[:16]
+            self._folder = Path(os.environ[FOLDER], name)
+            self._folder.mkdir(parents=True, exist_ok=True)
+        (self._folder / f'run{os.getpid()}').write_text(str(epoch))
+        at_work = [epoch]
+        for marker in self._folder.glob('run*'):
+            if Path('/proc').is_dir() and not Path('/proc', marker.name[3:]).is_dir():
+                marker.unlink(missing_ok=True)  # a run that is over
+            else:
+                with suppress(OSError, ValueError):  # one that is being written counts the next time
+                    at_work.append(int(marker.read_text()))
+        for file in self._folder.iterdir():
+            if file.name.isdecimal() and int(file.name) < min(at_work):
+                file.unlink(missing_ok=True)
 
     def _augment(self, index: int) -> Tuple[torch.Tensor, int]:
         image, target = super().__getitem__(index)
@@ -52,13 +87,20 @@ class SharedImageDataset(ImageDataset):
         if opened != epoch:
             if file >= 0:
                 os.close(file)
-            name = hashlib.sha256(f'{self._made_of} {self.transform} {self._shape}'.encode()).hexdigest()[:16]
-            folder = Path(os.environ[FOLDER], name)
-            folder.mkdir(parents=True, exist_ok=True)
-            file = os.open(folder / str(epoch), os.O_RDWR | os.O_CREAT, 0o600)
+            file = os.open(self._folder / str(epoch), os.O_RDWR | os.O_CREAT, 0o600)
             os.ftruncate(file, size)
             self._open = epoch, file
         return file
+
+    def _store(self, file: int, place: int, body: bytes) -> None:
+        """ Write a record, its flag last: who reads that finds the rest. Without space it stays unwritten."""
+        try:
+            is_written = os.pwrite(file, body, place + 1) == len(body) and os.pwrite(file, b'\1', place) == 1
+        except OSError:
+            is_written = False
+        if not is_written and not self._is_full:
+            self._is_full = True
+            _logger.warning(f'No space for shared images in {os.environ[FOLDER]}: each run augments its own.')
 
     def __getitem__(self, index: int) -> Tuple[Any, Any]:
         epoch = int(self._epoch)
@@ -76,9 +118,9 @@ class SharedImageDataset(ImageDataset):
                 record = os.pread(file, size, place)
                 if not record[0]:
                     image, target = self._augment(index)
-                    record = b'\1' + target.to_bytes(_HEADER - 1, 'little', signed=True) + image.numpy().tobytes()
-                    os.pwrite(file, record[1:], place + 1)
-                    os.pwrite(file, record[:1], place)  # last: who reads it finds the rest
+                    body = target.to_bytes(_HEADER - 1, 'little', signed=True) + image.numpy().tobytes()
+                    self._store(file, place, body)
+                    return image, target
             finally:
                 fcntl.lockf(file, fcntl.LOCK_UN, 1, place)
         image = torch.frombuffer(bytearray(record), dtype=torch.uint8, offset=_HEADER).view(self._shape)
@@ -86,4 +128,6 @@ class SharedImageDataset(ImageDataset):
 
 
 if os.environ.get(FOLDER):
+    if fcntl is None:
+        raise RuntimeError(f'{FOLDER} needs a system with file locks')
     dataset_factory.ImageDataset = SharedImageDataset

@@ -4,6 +4,7 @@ For timm's train.py: `--device-modules splitmixer_timm splitmixer_timm.train_fus
 """
 import logging
 
+import torch
 from torch import nn
 
 from . import splitmixer
@@ -19,7 +20,8 @@ _create_variant = splitmixer.create_variant
 def _create_fused(*args, **kwargs) -> nn.Module:
     model = _create_variant(*args, **kwargs)
     try:
-        return fuse_for_training(model)
+        # train.py moves the model there later
+        return fuse_for_training(model, torch.device('cuda') if torch.cuda.is_available() else None)
     except Unsupported as e:
         _logger.warning(f'The plain layers are trained: there are no kernels for {e}.')
         return model

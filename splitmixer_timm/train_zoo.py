@@ -24,6 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from importlib.util import find_spec
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any, Dict, List, Optional, Sequence, Set, TextIO
@@ -37,6 +38,7 @@ from .add_run import (
     ELAPSED,
     add_runs,
     checked_name,
+    count_images,
     measuring,
     planned_epochs,
     read_weights,
@@ -48,9 +50,11 @@ from .machine import device_name, has_bfloat16
 from .run import environment
 from .runs import (
     FIRST_ARGS,
-    LOCAL_ARGS,
+    FUSED,
     MADE_ON,
+    SHARED,
     checkpoint_epoch,
+    comparable_args,
     finished_epochs,
     read_args,
     read_summary,
@@ -71,7 +75,6 @@ REPORT_SECONDS = 60.  # where there is no terminal for a progress bar
 # else glibc returns large tensors to the system and fetches them anew, page by page, at each step on a CPU
 KEEP_MEMORY = {'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': str(sys.maxsize)}
 RECIPES_PRECISION = 'amp_dtype float16'  # where nothing is said of it
-FUSED, SHARED = 'splitmixer_timm.train_fused', 'splitmixer_timm.shared_images'
 LOCK_SECONDS = 10.  # data loaders outlive by that much a train.py that was killed
 
 
@@ -191,9 +194,7 @@ def _read_model(
         raise ValueError(f'seeds of {name} in {path} must be a list of different integers, got {seeds!r}')
     if 'amp_dtype' in args:
         args = {'amp': True, **args}  # asked for, whatever the device's own would be
-    base['device_modules'] += [module for module in modules if module != FUSED or arch in splitmixer.VARIANTS]
-    if FUSED in modules:
-        base['opt_kwargs'] = {**base.get('opt_kwargs', {}), 'fused': True}
+    own_modules = [module for module in modules if module != FUSED or arch in splitmixer.VARIANTS]
     runs = []
     for seed in seeds:
         config = {
@@ -201,6 +202,9 @@ def _read_model(
             'data_dir': str(train_args['data_dir'] / dataset), 'output': str(output), 'experiment': f'{name}-{seed}',
             **args,
         }
+        config['device_modules'] = [*config['device_modules'], *own_modules]
+        if FUSED in modules and config.get('opt') in ('adam', 'adamw'):
+            config['opt_kwargs'] = {**(config.get('opt_kwargs') or {}), 'fused': True}
         runs.append(Run(name, output / f'{name}-{seed}', config))
     # where a warm-up comes first, train.py's `epochs` are those after it
     said = {key: value for key, value in args.items() if key not in ('amp', 'amp_dtype')}
@@ -220,7 +224,7 @@ def mixed_precision(device: str) -> Dict[str, Any]:
 def precision(run_args: Dict[str, Any]) -> str:
     """ What a run computes in, by what, and whether on images that it shares, of its arguments of train.py."""
     modules = run_args.get('device_modules') or []
-    is_fused = FUSED in modules and not str(run_args.get('device', 'cuda')).startswith('cpu')
+    is_fused = FUSED in modules and str(run_args.get('device') or 'cuda').startswith('cuda')
     return '; '.join([
         f'amp_dtype {run_args.get("amp_dtype", "float16")}' if run_args.get('amp') else 'amp False',
         *(['fused kernels'] if is_fused else []),
@@ -293,15 +297,15 @@ def check_args(run: Run) -> None:
     Raises:
         ValueError: If it was not.
     """
-    trained, config = read_args(run.folder), run.config
+    trained, config = comparable_args(read_args(run.folder)), comparable_args(run.config)
     file = run.folder / 'config.yaml'  # of the last start: where the queue has fewer arguments now, it tells of them
-    asked = (yaml.safe_load(file.read_text(encoding='utf-8')) or {}) if file.is_file() else {}
+    asked = comparable_args((yaml.safe_load(file.read_text(encoding='utf-8')) or {}) if file.is_file() else {})
     changes = [
         f'{key} {trained[key]!r}, not {config[key]!r}' for key in config
-        if key not in LOCAL_ARGS and key in trained and trained[key] != config[key]
+        if key in trained and trained[key] != config[key]
     ] + [
         f"{key} {trained.get(key, asked[key])!r}, not train.py's default" for key in asked
-        if key not in LOCAL_ARGS and key != 'resume' and key not in config
+        if key != 'resume' and key not in config
     ]
     if changes:
         raise ValueError(
@@ -369,7 +373,8 @@ def start(run: Run, scripts: Path, machine: str, runs: int, shared: str = '') ->
             return subprocess.Popen(
                 [sys.executable, str(scripts / 'train.py'), '--config', str(run.folder / 'config.yaml')],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                env={**allocator, **environment(SPLITMIXER_SHARED_IMAGES=shared)},
+                # seeds that had the same images would not show how far seeds are apart
+                env={**allocator, **environment(SPLITMIXER_SHARED_IMAGES=shared and f'{shared}/{run.config["seed"]}')},
                 pass_fds=[held.fileno()] if held else ())
     finally:
         if held:
@@ -417,7 +422,13 @@ def train(
         What went wrong, a line for each run or model that failed.
     """
     runs = [run for model in models for run in model.runs]
-    planned = {run.folder: planned_epochs(run.config) for run in runs}
+    images = {
+        folder: count_images(folder) for folder in {
+            Path(run.config['data_dir'], run.config.get('train_split', 'train')) for run in runs}}
+    planned = {
+        run.folder: planned_epochs(
+            run.config, images[Path(run.config['data_dir'], run.config.get('train_split', 'train'))])
+        for run in runs}
     waiting = [run for run in runs if not run.is_finished(planned[run.folder])]
     running: Dict[Path, subprocess.Popen] = {}
     models, failures = list(models), []
@@ -515,7 +526,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         help='train SplitMixers by the kernels of fuse_for_training, where there is CUDA, and all by fused AdamW')
     parser.add_argument(
         '--share-images', type=Path, metavar='DIR',
-        help='have runs share the augmented images of an epoch, in a folder in memory (15 GB for 100 epochs of CIFAR)')
+        help='have runs share the augmented images of an epoch, in a folder in memory (150 MB for each of CIFAR)')
     args = parser.parse_args(argv)
     if args.workers < 0:
         parser.error(f'--workers must be at least 0, got {args.workers}')
@@ -524,6 +535,10 @@ def main(argv: Optional[List[str]] = None) -> int:
             parser.error(f'--scripts must be a folder with train.py and validate.py, {args.scripts} has no {script}')
     if args.share_images and (fcntl is None or not args.share_images.is_dir()):
         parser.error(f'--share-images must be a folder, on a system with file locks, got {args.share_images}')
+    if args.share_images and args.jobs == 1:
+        parser.error('--share-images needs --jobs of at least 2')
+    if args.fused and args.device.startswith('cuda') and find_spec('triton') is None:
+        parser.error('--fused needs Triton, which this torch comes without')
     modules = [*([FUSED] if args.fused else []), *([SHARED] if args.share_images else [])]
     try:
         models = read_queue(

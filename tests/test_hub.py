@@ -1078,7 +1078,7 @@ class TestCommandLine:
         (['push', '--all', '--org', 'zoo', '--parent-commit', 'x'], '--parent-commit is for one model'),
         (['push', ZOO, REPO, '--dataset', 'x'], 'a model of the zoo has its own'),
         (['push', 'output/run', REPO], 'no such file or folder: output/run'),
-        (['push', NAME, REPO], f"'{NAME}' has no weights in the zoo; "),
+        (['push', 'splitmixer_3d_256_8.cifar10', REPO], "'splitmixer_3d_256_8.cifar10' has no weights in the zoo; "),
         (['push', 'nonsense', REPO], "'nonsense' has no weights in the zoo; "),
         (['push', ZOO, 'not a name'], 'not a name'),
         (['push', str(ROOT), REPO], 'it has no args.yaml'),

@@ -1,12 +1,15 @@
 """ `splitmixer_timm.shared_images`: runs at the same time augment each image once an epoch. """
 import importlib
 import multiprocessing
+import os
 import sys
 
 import pytest
 import torch
 from PIL import Image
 from timm.data import create_dataset, create_loader, dataset_factory
+from timm.data.auto_augment import rand_augment_transform
+from torchvision.transforms import Compose
 
 COUNT = 24
 
@@ -85,12 +88,25 @@ def test_runs_share(module, root):
 def test_other_transforms_are_not_shared(module, root):
     dataset, other, same = (_dataset(root) for _ in range(3))
     other.transform = type('Other', (Noise,), {'__repr__': lambda self: 'Other()'})()
-    for each in (dataset, other, same):
+    fewer = _dataset(root)
+    fewer.reader.samples.pop()
+    fewer._made_of = module.SharedImageDataset(str(root / 'train'), reader=fewer.reader)._made_of
+    for each in (dataset, other, same, fewer):
         each.set_epoch(0)
     image = dataset[3][0]
     assert torch.equal(same[3][0], image)
     assert torch.equal(dataset[3][0], image)
     assert not torch.equal(other[3][0], image)
+    assert not torch.equal(fewer[3][0], image)
+
+
+def test_transforms_of_another_colour(module):
+    """ timm's RandAugment does not show what it fills corners with."""
+    def describe(colour):
+        augment = rand_augment_transform('rand-m4-n2-mstd0-inc1', dict(img_mean=colour, translate_const=3))
+        return module._describe(Compose([augment]))
+
+    assert describe((1, 2, 3)) == describe((1, 2, 3)) != describe((1, 2, 4))
 
 
 def test_without_epochs(module, root):
@@ -119,7 +135,48 @@ def test_of_timms_loader(module, root):
         loader.dataset.set_epoch(epoch)
         assert sum(len(images) for images, _ in loader) == COUNT
     records, = (root.parent / 'shared').iterdir()
-    assert sorted(path.name for path in records.iterdir()) == ['0', '1']
+    assert sorted(path.name for path in records.iterdir()) == ['1', f'run{os.getpid()}']
+
+
+def test_under_spawn(module, root):
+    """ Where data loaders are not forked, as on newer Pythons."""
+    dataset, same = _dataset(root), _dataset(root)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=COUNT, num_workers=1, multiprocessing_context='spawn')
+    for each in (dataset, same):
+        each.set_epoch(3)
+    (images, _), = loader
+    assert torch.equal(images, torch.stack([same[n][0] for n in range(COUNT)]))
+
+
+def test_epochs_that_all_have_passed_are_removed(module, root):
+    dataset = _dataset(root)
+    for epoch in range(4):
+        dataset.set_epoch(epoch)
+        dataset[0]
+        if epoch == 0:
+            records, = (root.parent / 'shared').iterdir()
+            (records / 'run1').write_text('2')  # a process that is always there
+            (records / 'run4194305').write_text('0')  # and one that cannot be
+    assert sorted(path.name for path in records.iterdir()) == ['2', '3', 'run1', f'run{os.getpid()}']
+
+
+@pytest.mark.parametrize('written', ['nothing', 'a part'])
+def test_without_space(module, root, monkeypatch, caplog, written):
+    """ Each run has images of its own, told once."""
+    def pwrite(file, body, place):
+        if written == 'nothing':
+            raise OSError(28, 'No space left on device')
+        return len(body) // 2
+
+    dataset, other = _dataset(root), _dataset(root)
+    monkeypatch.setattr(module.os, 'pwrite', pwrite)
+    for each in (dataset, other):
+        each.set_epoch(0)
+    for n in (3, 4):
+        image, target = dataset[n]
+        assert (image[0, 0, 0], target) == (20 * n, 0)
+        assert not torch.equal(other[n][0], image)
+    assert caplog.text.count('No space for shared images') == 2
 
 
 def test_inert_without_a_folder(monkeypatch):

@@ -571,7 +571,12 @@ class TestMemoryFormat:
     def test_square_kernels(self, training, images, monkeypatch):
         """ Kernels with zeros around them, as on CUDA in half precision: the same outputs and gradients."""
         model = SplitMixer(12, 2, kernel_size=5, patch_size=2).double().train(training)
-        sizes = []
+        shapes = []
+        conv2d = F.conv2d
+
+        def recorded(x, weight, *args, **kwargs):
+            shapes.append(tuple(weight.shape[2:]))
+            return conv2d(x, weight, *args, **kwargs)
 
         def results(has_square_kernels):
             monkeypatch.setattr(splitmixer, '_has_square_kernels', has_square_kernels)
@@ -583,8 +588,10 @@ class TestMemoryFormat:
         expected = results(lambda x, size: False)
         monkeypatch.setattr(splitmixer, '_row_conv', lambda x, weight, bias: F.conv2d(
             x, splitmixer._axis_weight(x, weight), bias, padding='same', groups=len(weight)))
-        torch.testing.assert_close(results(lambda x, size: sizes.append(size) or size <= 7), expected)
-        assert set(sizes) == {5}
+        monkeypatch.setattr(F, 'conv2d', recorded)
+        torch.testing.assert_close(results(lambda x, size: size == 5), expected)
+        assert shapes.count((5, 5)) == 4
+        assert not {(1, 5), (5, 1)} & set(shapes)
 
     @pytest.mark.cuda
     @pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA')

@@ -43,6 +43,8 @@ with open(ask / 'started', 'a') as f:
 with open(ask / 'seeds', 'a') as f:
     print(config['seed'], file=f)
 (ask / 'allocator').write_text(os.environ.get('MALLOC_MMAP_MAX_', 'as it is'))
+shared = os.environ.get('SPLITMIXER_SHARED_IMAGES')
+(ask / 'shared').write_text(shared if shared and os.path.isdir(os.path.dirname(shared)) else 'nothing')
 while (ask / 'wait-for-three').exists() and len((ask / 'started').read_text().splitlines()) < 3:
     time.sleep(0.02)
 last = config['epochs'] + config['warmup_epochs'] - 1
@@ -187,6 +189,53 @@ def test_several_at_once(zoo):
     assert zoo.run('--jobs', '9') == 0
     assert len(zoo.started()) == 3
     assert zoo.entries()[OTHER]['training']['machine'] == f'{device_name("cpu")}, shared by up to 3 runs'
+
+
+@pytest.mark.usefixtures('validated')
+@pytest.mark.skipif(train_zoo.fcntl is None, reason='needs file locks')
+def test_shared_images(zoo):
+    """ train.py shares images in a folder that is gone afterwards; the entry says so."""
+    memory = zoo.path / 'memory'
+    share = ['--jobs', '2', '--share-images', str(memory)]
+    assert zoo.run(OTHER) == 0
+    assert (zoo.path / 'shared').read_text() == 'nothing'
+    with pytest.raises(SystemExit):
+        zoo.run(OTHER, *share)
+    memory.mkdir()
+    with pytest.raises(SystemExit):
+        zoo.run(OTHER, '--share-images', str(memory))
+    shutil.rmtree(zoo.path / 'runs')
+    assert zoo.run(OTHER, *share) == 0
+    shared = Path((zoo.path / 'shared').read_text())
+    assert (shared.parent.parent, shared.name) == (memory, '42')  # seeds do not share
+    assert not list(memory.iterdir())
+    training = zoo.entries()[OTHER]['training']
+    assert training['recipe'].endswith('; images shared with other runs')
+    args = yaml.safe_load((manifest.WEIGHTS_DIR / training['args']).read_text())
+    assert args['device_modules'] == ['splitmixer_timm', 'splitmixer_timm.shared_images']
+
+
+@pytest.mark.parametrize(('device', 'said'), [('cuda', 'amp_dtype float16; fused kernels'), ('cpu', None)])
+def test_fused(zoo, device, said):
+    """ SplitMixers by the kernels, where they run, and fused AdamW for all."""
+    (zoo.path / 'queue.yaml').write_text(yaml.safe_dump(
+        {name: dict(recipe='cifar10') for name in (NAME, 'convmixer_256_8.cifar10')}, sort_keys=False))
+    ours, baseline = (model.runs[0].config for model in train_zoo.read_queue(
+        zoo.path / 'queue.yaml', [], zoo.path / 'runs', zoo.path / 'scripts' / 'train.py', [train_zoo.FUSED],
+        data_dir=zoo.path / 'data', device=device, workers=1, **train_zoo.mixed_precision(device)))
+    assert ours['device_modules'] == ['splitmixer_timm', 'splitmixer_timm.train_fused']
+    assert baseline['device_modules'] == ['splitmixer_timm']
+    for config in (ours, baseline):
+        assert config['opt_kwargs'] == {'filter_bias_and_bn': False, 'fused': True}
+    plain, _ = train_zoo.read_queue(
+        zoo.path / 'queue.yaml', [], zoo.path / 'runs', zoo.path / 'scripts' / 'train.py', data_dir=zoo.path / 'data',
+        device=device, workers=1, **train_zoo.mixed_precision(device))
+    assert 'fused' not in plain.runs[0].config['opt_kwargs']
+    # gone on with elsewhere, or for another seed, it is the same run
+    assert runs.comparable_args(plain.runs[0].config) == runs.comparable_args(ours)
+    unfused = train_zoo.precision(baseline)
+    assert train_zoo.precision(ours) == (said or unfused)
+    assert 'fused' not in unfused
 
 
 @pytest.mark.usefixtures('validated')
@@ -535,7 +584,18 @@ def test_the_zoos_own_queue(tmp_path):
         assert model.dataset == tag.removesuffix('_plus')
         for run in model.runs:
             assert is_model(run.config['model'])
-            assert add_run.planned_epochs(run.config) == (300 if tag.endswith('_plus') else 100)
+            images = 2040 if model.dataset == 'flowers102' else 50_000
+            planned = 300 if tag.endswith('_plus') else 100
+            assert add_run.planned_epochs(run.config) == add_run.planned_epochs(run.config, images) == planned
+
+
+def test_planned_epochs_of_a_cycle():
+    """ As train.py says it schedules them: timm rounds a cycle down to updates."""
+    recipe = yaml.safe_load((cli.RECIPES_DIR / 'cifar100.yaml').read_text())
+    args = {**yaml.safe_load(DEFAULTS.read_text()), **recipe, 'lr_cycle_limit': 1}
+    assert add_run.planned_epochs(args, 50_000) == 81
+    assert add_run.planned_epochs({**args, 'batch_size': 128, 'grad_accum_steps': 4}, 50_000) == 82
+    assert add_run.planned_epochs({**args, 'lr_cycle_mul': 1.}, 50_000) == 82
 
 
 @pytest.mark.skipif(not SCRIPTS, reason="SPLITMIXER_TIMM_SCRIPTS does not name a folder with timm's scripts")
