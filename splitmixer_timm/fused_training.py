@@ -114,17 +114,42 @@ class _Launch:
             ROW=row, ROWS=sums.shape[1], **blocks, num_warps=8, enable_fp_fusion=True)
         return weight_grad, bias_grad, coefficients
 
+    def act_norm(
+            self,
+            u: torch.Tensor,
+            norm: nn.BatchNorm2d,
+            weight: torch.Tensor,
+            bias: torch.Tensor,
+            residual: Optional[torch.Tensor] = None,
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """ Activation, norm and residual of features; mean and 1 / deviation of the norm."""
+        affine = self.empty(2)
+        moments = self.norm(self.pointwise('sums', u), norm, weight, bias, affine)
+        y = torch.empty_like(u)
+        self.pointwise('norm', u, residual, y, affine)
+        return y, moments
+
+    def act_norm_grad(
+            self,
+            u: torch.Tensor,
+            y_grad: torch.Tensor,
+            weight: torch.Tensor,
+            moments: torch.Tensor,
+    ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """ Gradients of the features, of weight and bias of the norm, and sums (places, 1, C) of the first."""
+        weight_grad, bias_grad, coefficients = self.norm_grad(
+            self.pointwise('grad sums', u, y_grad), 0, weight, moments)
+        u_grad = torch.empty_like(u)
+        sums = self.pointwise('grad', u, y_grad, u_grad, coefficients)
+        return u_grad, weight_grad, bias_grad, sums
+
 
 class ActNorm(Function):
     """ Activation and norm of features (N, H, W, C), of which only the input is stored."""
 
     @staticmethod
     def forward(ctx, u, weight, bias, norm: nn.BatchNorm2d, act: str):
-        launch = _Launch(u, act)
-        affine = launch.empty(2)
-        moments = launch.norm(launch.pointwise('sums', u), norm, weight, bias, affine)
-        y = torch.empty_like(u)
-        launch.pointwise('norm', u, out=y, params=affine)
+        y, moments = _Launch(u, act).act_norm(u, norm, weight, bias)
         ctx.save_for_backward(u, weight, moments)
         ctx.act = act
         return y
@@ -133,12 +158,8 @@ class ActNorm(Function):
     @once_differentiable
     def backward(ctx, y_grad):
         u, weight, moments = ctx.saved_tensors
-        y_grad = y_grad.contiguous()
-        launch = _Launch(u, ctx.act)
-        sums = launch.pointwise('grad sums', u, y_grad)
-        weight_grad, bias_grad, coefficients = launch.norm_grad(sums, 0, weight, moments)
-        u_grad = torch.empty_like(u)
-        launch.pointwise('grad', u, y_grad, u_grad, coefficients)
+        u_grad, weight_grad, bias_grad, _ = _Launch(u, ctx.act).act_norm_grad(
+            u, y_grad.contiguous(), weight, moments)
         return u_grad, weight_grad, bias_grad, None, None
 
 
@@ -179,12 +200,8 @@ class SpatialMixing(Function):
         y_grad = y_grad.contiguous()
         launch = _Launch(x, ctx.act)
 
-        sums = launch.pointwise('grad sums', u, y_grad)
-        weight2_grad, shift2_grad, coefficients = launch.norm_grad(sums, 0, weight2, moments2)
-        u_grad = torch.empty_like(u)
-        sums = launch.pointwise('grad', u, y_grad, u_grad, coefficients)
+        u_grad, weight2_grad, shift2_grad, sums = launch.act_norm_grad(u, y_grad, weight2, moments2)
         bias2_grad = sums.sum((0, 1)).to(conv2.dtype)
-
         kernel = training_kernels.spatial_grad_kernel
         sums = launch.spatial(kernel, K + 2, K, x, u_grad, None, params, None, FIRST=True, **launch.common)
         conv2_grad = sums[:, :K].sum(0).T.reshape(conv2.shape).to(conv2.dtype)
@@ -213,13 +230,9 @@ class ChannelMixing(Function):
 
     @staticmethod
     def forward(ctx, x, matrix, bias, weight, shift, norm: nn.BatchNorm2d, act: str, residual: bool):
-        launch = _Launch(x, act)
         matrix = matrix.to(x.dtype)
         u = torch.addmm(bias.to(x.dtype), x.flatten(0, 2), matrix.T).view(x.shape)
-        affine = launch.empty(2)
-        moments = launch.norm(launch.pointwise('sums', u), norm, weight, shift, affine)
-        y = torch.empty_like(u)
-        launch.pointwise('norm', u, x if residual else None, y, affine)
+        y, moments = _Launch(u, act).act_norm(u, norm, weight, shift, x if residual else None)
         ctx.save_for_backward(x, u, matrix, weight, moments)
         ctx.dtype = bias.dtype
         ctx.act = act
@@ -231,11 +244,7 @@ class ChannelMixing(Function):
     def backward(ctx, y_grad):
         x, u, matrix, weight, moments = ctx.saved_tensors
         y_grad = y_grad.contiguous()
-        launch = _Launch(u, ctx.act)
-        sums = launch.pointwise('grad sums', u, y_grad)
-        weight_grad, shift_grad, coefficients = launch.norm_grad(sums, 0, weight, moments)
-        u_grad = torch.empty_like(u)
-        sums = launch.pointwise('grad', u, y_grad, u_grad, coefficients)
+        u_grad, weight_grad, shift_grad, sums = _Launch(u, ctx.act).act_norm_grad(u, y_grad, weight, moments)
         bias_grad = sums.sum((0, 1)).to(ctx.dtype)
         u_grad = u_grad.flatten(0, 2)
         matrix_grad = (u_grad.T @ x.flatten(0, 2)).to(ctx.dtype)
