@@ -556,7 +556,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     with ExitStack() as stack:
         shared = ''
         if args.share_images:
-            shared = stack.enter_context(tempfile.TemporaryDirectory(prefix='splitmixer-', dir=args.share_images))
+            shared = stack.enter_context(tempfile.TemporaryDirectory(
+                prefix='splitmixer-', dir=args.share_images.resolve()))
         return 1 if train(models, args.scripts, args.data_dir, args.device, machine, args.jobs, shared) else 0
 
 
