@@ -1,6 +1,6 @@
 """ What the fused forms of a SplitMixer for inference share: a model taken apart into plain tensors."""
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import torch
@@ -49,20 +49,21 @@ class Product:
 
 
 def _product(conv: nn.Conv2d, start: int, stop: int, out: slice) -> Product:
-    return Product(start, stop, out, conv.weight.detach().flatten(1), conv.bias.detach())
+    return Product(start, stop, out, conv.weight.flatten(1), conv.bias)
 
 
-def segments(mixer: nn.Module) -> List[List[Product]]:
+def products(mixer: nn.Module) -> List[List[Product]]:
     """ What a channel mixer does: stages one after the other, the products of a stage all read the stage's input.
 
     Channels that no product of a stage writes pass unchanged. Types I, II and full have one product, III and IV one
-    for each segment (of III with the same tensors), V two stages of one product, 3D one product for each position.
+    for each segment (of III with the same weights), V two stages of one product, 3D one product for each position.
+    Gradients of weights and biases are those of the parameters.
 
     Args:
         mixer: `blocks[i].channel_mixing.mixer` of a `SplitMixer`.
     """
     if isinstance(mixer, nn.Sequential):
-        return [stage for child in mixer for stage in segments(child)]
+        return [stage for child in mixer for stage in products(child)]
     if isinstance(mixer, SegmentMixing):
         start = mixer.sizes[0]
         stop = start + mixer.sizes[1]
@@ -82,6 +83,13 @@ def segments(mixer: nn.Module) -> List[List[Product]]:
         return [[_product(mixer.conv, start, start + mixer.kernel_size, slice(n, None, count))
                  for n, start in enumerate(mixer.starts)]]
     raise Unsupported(f'channel mixing by {type(mixer).__name__}')
+
+
+def segments(mixer: nn.Module) -> List[List[Product]]:
+    """ `products` for inference, without gradients."""
+    return [
+        [replace(product, weight=product.weight.detach(), bias=product.bias.detach()) for product in stage]
+        for stage in products(mixer)]
 
 
 def fold_affine(norm: nn.BatchNorm2d) -> Tuple[torch.Tensor, torch.Tensor]:

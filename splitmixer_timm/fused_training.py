@@ -7,15 +7,8 @@ from torch import nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .fused import BLOCKS, STEMS, Unsupported, activation, check_supported
-from .splitmixer import (
-    SegmentMixing,
-    SeparateSegmentMixing,
-    SharedSegmentMixing,
-    SlidingSegmentMixing,
-    SplitMixer,
-    SplitMixerBlock,
-)
+from .fused import BLOCKS, STEMS, Unsupported, activation, check_supported, products
+from .splitmixer import SplitMixer, SplitMixerBlock
 
 try:
     import triton
@@ -255,34 +248,18 @@ class ChannelMixing(Function):
         return x_grad, matrix_grad, bias_grad, weight_grad, shift_grad, None, None, None
 
 
-def _dense(mixer: nn.Module) -> Optional[Tuple[torch.Tensor, torch.Tensor]]:
-    """ Channel mixing as one matrix and bias, differentiable in its parameters; None for a mixer of another type."""
-    if type(mixer) is nn.Sequential:
-        stages = [_dense(child) for child in mixer]
-        if None in stages:
-            return None
-        matrix, bias = stages[0]
-        for after, after_bias in stages[1:]:
-            matrix, bias = after @ matrix, after @ bias + after_bias
-        return matrix, bias
-    if type(mixer) is SegmentMixing:
-        before, _, after = mixer.sizes
-        weight = mixer.conv.weight.flatten(1)
-        kept = [torch.eye(size, dtype=weight.dtype, device=weight.device) for size in (before, after)]
-        return torch.block_diag(kept[0], weight, kept[1]), nn.functional.pad(mixer.conv.bias, (before, after))
-    if type(mixer) is SharedSegmentMixing:
-        count = mixer.num_segments
-        return torch.block_diag(*[mixer.conv.weight.flatten(1)] * count), mixer.conv.bias.repeat(count)
-    if type(mixer) is SeparateSegmentMixing:
-        weights = [conv.weight.flatten(1) for conv in mixer.convs]
-        return torch.block_diag(*weights), torch.cat([conv.bias for conv in mixer.convs])
-    if type(mixer) is SlidingSegmentMixing:
-        weight, count = mixer.conv.weight.flatten(1), len(mixer.starts)
-        dim = len(weight) * count
-        rows = [
-            nn.functional.pad(weight, (start, dim - start - mixer.kernel_size)) for start in mixer.starts]
-        return torch.stack(rows, dim=1).flatten(0, 1), mixer.conv.bias.repeat_interleave(count)
-    return None
+def _dense(mixer: nn.Module, dim: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    """ Channel mixing as one matrix (dim, dim) and bias (dim,), differentiable in its parameters."""
+    matrix = bias = None
+    for stage in products(mixer):
+        options = dict(dtype=stage[0].weight.dtype, device=stage[0].weight.device)
+        step, shift = torch.eye(dim, **options), torch.zeros(dim, **options)
+        for product in stage:
+            step[product.out] = 0
+            step[product.out, product.start:product.stop] = product.weight
+            shift[product.out] = product.bias
+        matrix, bias = (step, shift) if matrix is None else (step @ matrix, step @ bias + shift)
+    return matrix, bias
 
 
 def _to_nhwc(x: torch.Tensor) -> torch.Tensor:
@@ -346,19 +323,17 @@ class FusedBlock(SplitMixerBlock):
             return x
         is_dropped = not isinstance(self.drop_path, nn.Identity)
         residual = self.channel_residual and not is_dropped
-        dense = None
-        if x.dtype.itemsize == 2 and x.shape[1] <= MAX_DENSE:
+        norm = mixing.norm
+        if x.dtype.itemsize == 2 and norm.num_features <= MAX_DENSE:
             with torch.autocast(x.device.type, enabled=False):
-                dense = _dense(mixing.mixer)
-        if dense is None:
-            y = _act_norm(mixing.mixer(x), mixing.act, mixing.norm)
+                matrix, bias = _dense(mixing.mixer, norm.num_features)
+            y = ChannelMixing.apply(
+                _to_nhwc(x), matrix, bias, norm.weight, norm.bias, norm, activation(mixing.act), residual)
+            y = y.permute(0, 3, 1, 2)
+        else:
+            y = _act_norm(mixing.mixer(x), mixing.act, norm)
             if residual:
                 y = x + y
-        else:
-            norm = mixing.norm
-            y = ChannelMixing.apply(
-                _to_nhwc(x), *dense, norm.weight, norm.bias, norm, activation(mixing.act), residual)
-            y = y.permute(0, 3, 1, 2)
         return x + self.drop_path(y) if self.channel_residual and is_dropped else y
 
 

@@ -1,6 +1,6 @@
 """ Training images that runs of timm's train.py at the same time augment once for all of them.
 
-Where several models train on one GPU, augmentation on the CPU holds them up. Import this by train.py's
+Where several models train on one GPU, augmentation on the CPU can hold them up. Import this by train.py's
 `--device-modules splitmixer_timm splitmixer_timm.shared_images`, with `SPLITMIXER_SHARED_IMAGES` naming a folder in
 memory (`/dev/shm/NAME`): an image is augmented anew in each epoch by the run that comes to it first, and the others
 take what that one made. Each run has its own order of the images. Without the variable nothing changes.

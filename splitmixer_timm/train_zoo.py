@@ -422,13 +422,9 @@ def train(
         What went wrong, a line for each run or model that failed.
     """
     runs = [run for model in models for run in model.runs]
-    images = {
-        folder: count_images(folder) for folder in {
-            Path(run.config['data_dir'], run.config.get('train_split', 'train')) for run in runs}}
-    planned = {
-        run.folder: planned_epochs(
-            run.config, images[Path(run.config['data_dir'], run.config.get('train_split', 'train'))])
-        for run in runs}
+    trained_on = {run.folder: Path(run.config['data_dir'], run.config.get('train_split', 'train')) for run in runs}
+    images = {folder: count_images(folder) for folder in set(trained_on.values())}
+    planned = {run.folder: planned_epochs(run.config, images[trained_on[run.folder]]) for run in runs}
     waiting = [run for run in runs if not run.is_finished(planned[run.folder])]
     running: Dict[Path, subprocess.Popen] = {}
     models, failures = list(models), []

@@ -23,8 +23,8 @@ from .kernels import (
 __all__ = []
 
 # Rows, columns and channels of a program of the spatial kernels, how many channels a thread takes at once, and warps;
-# positions and channels of a tile of the pointwise kernels' steps, tiles of a program at most, and warps. On a GPU the
-# fastest of a dozen, measured on an H200 at the sizes of CIFAR's networks.
+# positions and channels of a tile of the pointwise kernels' steps, tiles of a program at most, and warps. Those for a
+# GPU were chosen on an H200, for the sizes of CIFAR's networks.
 _SPATIAL, _POINTWISE = ('BH', 'BW', 'BC', 'VEC', 'num_warps'), ('BM', 'BC', 'TILES', 'num_warps')
 FORWARD = dict(zip(_SPATIAL, (4, 8, 16, 2, 1) if INTERPRETED else (16, 2, 128, 4, 1)))
 BACKWARD = dict(zip(_SPATIAL, (4, 8, 16, 2, 1) if INTERPRETED else (16, 2, 128, 2, 2)))

@@ -133,14 +133,15 @@ def test_channel_mixing_as_one_matrix(kwargs):
         mixer = block.channel_mixing.mixer
         x = torch.randn(2, kwargs['dim'], 3, 4, dtype=torch.float64)
         expected = mixer(x)
-        matrix, bias = _dense(mixer)
+        matrix, bias = _dense(mixer, kwargs['dim'])
         y = torch.einsum('nihw,oi->nohw', x, matrix) + bias[:, None, None]
         torch.testing.assert_close(y, expected)
         weight = torch.randn_like(y)
         grads, expected_grads = (
             torch.autograd.grad((out * weight).sum(), list(mixer.parameters())) for out in (y, expected))
         torch.testing.assert_close(grads, expected_grads)
-    assert _dense(nn.Sequential(mixer, nn.Identity())) is None
+    with pytest.raises(Unsupported, match='channel mixing by Identity'):
+        _dense(nn.Sequential(mixer, nn.Identity()), kwargs['dim'])
 
 
 @runs_kernels
