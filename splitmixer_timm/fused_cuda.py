@@ -118,13 +118,15 @@ class FusedSplitMixer(FusedModel):
     def _forget_graphs(self) -> None:
         self._graphs: OrderedDict = OrderedDict()
         self._known: set = set()
-        self._state: List[Tuple[Dict[str, Any], str, Any]] = []
+        self._state: List[Tuple[Dict[str, Any], List[Tuple[str, Any]]]] = []
         self._pool = None
         self._stream = None
         self._done = None
         self._replaying = threading.Lock()
 
     def _apply(self, fn, recurse: bool = True):
+        if self._done is not None:
+            self._done.synchronize()  # what still runs reads what this may free
         super()._apply(fn, recurse)
         self._forget_graphs()
         return self
@@ -155,6 +157,7 @@ class FusedSplitMixer(FusedModel):
     @torch.no_grad()
     def _capture(self, x: torch.Tensor) -> Tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
         """ Graph of `forward` for images like `x`, with its input and its output."""
+        self._check_input(x)  # before anything is made for a device that is not the model's
         static_x = x.detach().clone(memory_format=torch.contiguous_format)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
@@ -172,14 +175,16 @@ class FusedSplitMixer(FusedModel):
 
     def _check_state(self) -> None:
         """ Drop the graphs if a tensor or a module was replaced: they read the memory of the old one."""
-        if any(members.get(name) is not value for members, name, value in self._state):
+        if any(
+                len(members) != len(items) or any(members.get(name) is not value for name, value in items)
+                for members, items in self._state):
             if self._done is not None:
                 self._done.synchronize()  # what still runs reads it
             self._graphs.clear()
             self._state = []
         self._state = self._state or [
-            (members, name, value) for module in self.modules()
-            for members in (module._parameters, module._buffers, module._modules) for name, value in members.items()]
+            (members, list(members.items())) for module in self.modules()
+            for members in (module._parameters, module._buffers, module._modules)]
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -226,12 +231,12 @@ def build(model: SplitMixer, dtype: torch.dtype) -> FusedSplitMixer:
         raise Unsupported(f'{dtype} on CUDA')
     if not isinstance(model, SplitMixer):
         raise Unsupported(f'model {type(model).__name__}')
+    check_supported(model)
     device = model.stem[0].weight.device
     if device.type == 'cuda':
         if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
             raise Unsupported(f'{torch.cuda.get_device_name(device)}, a GPU without NVIDIA compute capability 8.0')
     elif device.type != 'cpu' or not kernels.INTERPRETED:
         raise Unsupported(f'a model on {device}')
-    check_supported(model)
     kernels.check_launches(device)
     return FusedSplitMixer(model, dtype)

@@ -1,26 +1,28 @@
 """ Training on CUDA with spatial mixing, activations and norms as Triton kernels that store little for the backward."""
 import math
-from typing import Any, Optional, Tuple
+from typing import Any, Optional, Sequence, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .fused import BLOCKS, STEMS, Unsupported, activation, check_supported, products
-from .splitmixer import SplitMixer, SplitMixerBlock
+from .fused import BLOCKS, MIXERS, STEMS, Unsupported, activation, check_supported, products
+from .splitmixer import INDEPENDENT, SplitMixer, SplitMixerBlock, is_watched
 
 try:
-    import triton
+    from triton import cdiv
 
     from . import kernels, training_kernels
 except ImportError:  # torch for another platform comes without Triton
-    triton = None
+    kernels = None
 
 __all__ = ['fuse_for_training']
 
 # Up to this many channels a product of half precision waits for memory, however many of its weights are zero.
 MAX_DENSE = 512
+_INTERPRETED = kernels is not None and bool(kernels.INTERPRETED)
 
 
 class _Launch:
@@ -41,11 +43,11 @@ class _Launch:
         is_backward = kernel is training_kernels.spatial_grad_kernel
         blocks = training_kernels.BACKWARD if is_backward else training_kernels.FORWARD
         N, H, W, C = self.shape
-        places = N * triton.cdiv(H, blocks['BH']) * triton.cdiv(W, blocks['BW'])
+        places = N * cdiv(H, blocks['BH']) * cdiv(W, blocks['BW'])
         if sums:
             out = self.empty(places, sums)
             args = (*args, out)
-        kernel[(places * triton.cdiv(C, blocks['BC']),)](
+        kernel[(places * cdiv(C, blocks['BC']),)](
             *args, N, H, W, C, K=kernel_size, **kwargs, ALIGN=math.gcd(C, 4), **blocks, num_stages=1,
             enable_fp_fusion=True)
         return out if sums else None
@@ -60,11 +62,11 @@ class _Launch:
     ) -> Optional[torch.Tensor]:
         """ Launch a step of the pointwise kernel; its sums (places, 1 or 2, C) if it has any."""
         blocks = dict(training_kernels.POINTWISE[step])
-        columns = triton.cdiv(self.channels, blocks['BC'])
-        rows = triton.cdiv(self.count, blocks['BM'])
-        while blocks['TILES'] > 1 and triton.cdiv(rows, blocks['TILES']) * columns < training_kernels.PROGRAMS:
+        columns = cdiv(self.channels, blocks['BC'])
+        rows = cdiv(self.count, blocks['BM'])
+        while blocks['TILES'] > 1 and cdiv(rows, blocks['TILES']) * columns < training_kernels.PROGRAMS:
             blocks['TILES'] //= 2
-        places = triton.cdiv(rows, blocks['TILES'])
+        places = cdiv(rows, blocks['TILES'])
         sums = None if step == 'norm' else self.empty(places, 1 if step == 'grad' else 2)
         training_kernels.pointwise_kernel[(places * columns,)](
             u, other, out, params, sums, self.count, self.channels, STEP=step, **self.common, **blocks, num_stages=1,
@@ -85,7 +87,7 @@ class _Launch:
         momentum = norm.momentum if norm.momentum is not None else 1 / (float(norm.num_batches_tracked) + 1)
         moments = self.empty(2)
         blocks = training_kernels.NORM
-        training_kernels.norm_kernel[(triton.cdiv(self.channels, blocks['BC']),)](
+        training_kernels.norm_kernel[(cdiv(self.channels, blocks['BC']),)](
             sums, weight, bias, norm.running_mean, norm.running_var, norm.num_batches_tracked, affine, moments,
             len(sums), self.count, self.channels, momentum, norm.eps, **blocks, num_warps=8, enable_fp_fusion=True)
         return moments
@@ -102,7 +104,7 @@ class _Launch:
         bias_grad = torch.empty_like(weight)
         coefficients = self.empty(3)
         blocks = training_kernels.NORM
-        training_kernels.norm_grad_kernel[(triton.cdiv(self.channels, blocks['BC']),)](
+        training_kernels.norm_grad_kernel[(cdiv(self.channels, blocks['BC']),)](
             sums, weight, moments, weight_grad, bias_grad, coefficients, len(sums), self.count, self.channels,
             ROW=row, ROWS=sums.shape[1], **blocks, num_warps=8, enable_fp_fusion=True)
         return weight_grad, bias_grad, coefficients
@@ -252,12 +254,14 @@ def _dense(mixer: nn.Module, dim: int) -> Tuple[torch.Tensor, torch.Tensor]:
     """ Channel mixing as one matrix (dim, dim) and bias (dim,), differentiable in its parameters."""
     matrix = bias = None
     for stage in products(mixer):
-        options = dict(dtype=stage[0].weight.dtype, device=stage[0].weight.device)
-        step, shift = torch.eye(dim, **options), torch.zeros(dim, **options)
-        for product in stage:
-            step[product.out] = 0
-            step[product.out, product.start:product.stop] = product.weight
-            shift[product.out] = product.bias
+        rows, shifts = zip(*((F.pad(p.weight, (p.start, dim - p.stop)), p.bias) for p in stage))
+        first, last = stage[0].out.start, stage[-1].out.stop
+        if last is None:  # the products' outputs take turns
+            step, shift = torch.stack(rows, dim=1).flatten(0, 1), torch.stack(shifts, dim=1).flatten()
+        else:  # they lie one after the other
+            unchanged = torch.eye(dim, dtype=rows[0].dtype, device=rows[0].device)
+            step = torch.cat([unchanged[:first], *rows, unchanged[last:]])
+            shift = F.pad(torch.cat(shifts), (first, dim - last))
         matrix, bias = (step, shift) if matrix is None else (step @ matrix, step @ bias + shift)
     return matrix, bias
 
@@ -271,19 +275,28 @@ def _act_norm(u: torch.Tensor, act: nn.Module, norm: nn.BatchNorm2d) -> torch.Te
     return ActNorm.apply(_to_nhwc(u), norm.weight, norm.bias, norm, activation(act)).permute(0, 3, 1, 2)
 
 
-def _is_fused(module: nn.Module, x: torch.Tensor) -> bool:
-    """ Whether all norms of a module take the statistics of this batch, which the kernels can be run on."""
-    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
-    return all(norm.training for norm in norms) and (x.is_cuda or kernels.INTERPRETED)
+def _has_kernels(x: torch.Tensor, norms: Sequence[nn.Module]) -> bool:
+    """ Whether the kernels can be run on features, whose norms may have been replaced (as by SyncBatchNorm) or set."""
+    return (x.is_cuda or _INTERPRETED) and x.numel() > 0 and all(
+        type(norm) is nn.BatchNorm2d and norm.training and norm.track_running_stats
+        and norm.num_batches_tracked is not None for norm in norms)
+
+
+def _is_plain(mixer: nn.Module) -> bool:
+    """ Whether the convolutions of channel mixing are their weights and biases, and nobody waits for their calls."""
+    return all(
+        type(module) is nn.Conv2d and not is_watched(module) for module in mixer.modules()
+        if type(module) not in (nn.Sequential, nn.ModuleList, *MIXERS))
 
 
 class FusedStem(nn.Sequential):
     """ Stem of a `SplitMixer`: convolution, activation, norm."""
 
-    @torch.compiler.disable
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not _is_fused(self, x):
-            return super().forward(x)
+        return self._embed(x) if _has_kernels(x, list(self)[2:]) else super().forward(x)
+
+    @torch.compiler.disable
+    def _embed(self, x: torch.Tensor) -> torch.Tensor:
         conv, act, norm = self
         with torch.cuda.device_of(x):
             return _act_norm(conv(x.contiguous(memory_format=torch.channels_last)), act, norm)
@@ -295,6 +308,17 @@ class FusedBlock(SplitMixerBlock):
     The product of channel mixing is torch's. In half precision it is one over all channels, if these are not too many:
     the GPU's tensor cores make it while the features are read and written once, where segments are copied out and in.
     """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        norms = [
+            getattr(mixing, name) for mixing in (self.spatial_mixing, self.channel_mixing)
+            for name in ('norm1', 'norm2', 'norm') if hasattr(mixing, name)]
+        return self._mix(x) if _has_kernels(x, norms) else super().forward(x)
+
+    @torch.compiler.disable
+    def _mix(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.cuda.device_of(x):
+            return self._mix_channels(self._mix_positions(x))
 
     def _mix_positions(self, x: torch.Tensor) -> torch.Tensor:
         mixing = self.spatial_mixing
@@ -310,13 +334,6 @@ class FusedBlock(SplitMixerBlock):
             y = x + self.drop_path(y)
         return y.permute(0, 3, 1, 2)
 
-    @torch.compiler.disable
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not _is_fused(self, x):
-            return super().forward(x)
-        with torch.cuda.device_of(x):
-            return self._mix_channels(self._mix_positions(x))
-
     def _mix_channels(self, x: torch.Tensor) -> torch.Tensor:
         mixing = self.channel_mixing
         if isinstance(mixing, nn.Identity):
@@ -324,7 +341,7 @@ class FusedBlock(SplitMixerBlock):
         is_dropped = not isinstance(self.drop_path, nn.Identity)
         residual = self.channel_residual and not is_dropped
         norm = mixing.norm
-        if x.dtype.itemsize == 2 and norm.num_features <= MAX_DENSE:
+        if x.dtype.itemsize == 2 and norm.num_features <= MAX_DENSE and _is_plain(mixing.mixer):
             with torch.autocast(x.device.type, enabled=False):
                 matrix, bias = _dense(mixing.mixer, norm.num_features)
             y = ChannelMixing.apply(
@@ -340,6 +357,7 @@ class FusedBlock(SplitMixerBlock):
 # in eval mode they are what they were made of
 STEMS.append(FusedStem)
 BLOCKS.append(FusedBlock)
+INDEPENDENT.append(FusedBlock)
 
 
 def fuse_for_training(model: SplitMixer, device: Optional[torch.device] = None) -> SplitMixer:
@@ -347,9 +365,11 @@ def fuse_for_training(model: SplitMixer, device: Optional[torch.device] = None) 
 
     The model is changed in place; its parameters, buffers and the names of both stay. The kernels run in train mode on
     CUDA, with norms in fp32 and features in fp32 or, under autocast, half precision. Elsewhere, and where a norm is set
-    to eval mode, the plain layers run. Of the layers inside a block only the convolutions of channel mixing are called,
-    these not either in half precision with up to 512 channels; hooks of the others are not. `torch.compile` leaves stem
-    and blocks as they are.
+    to eval mode or replaced (as by SyncBatchNorm), the plain layers run. Of the layers inside a block only the
+    convolutions of channel mixing are called, and hooks of these alone; in half precision, with up to 512 channels,
+    they are called where they have hooks or were replaced. `torch.compile` leaves stem and blocks to the kernels. The
+    model cannot be scripted, and has no second derivatives. A variance is the mean square less the mean's: where a
+    channel's mean is 100 times its deviation, the norm's output is off by 3e-4.
 
     Args:
         model: The model.
@@ -361,7 +381,7 @@ def fuse_for_training(model: SplitMixer, device: Optional[torch.device] = None) 
     Raises:
         Unsupported: If the kernels do not cover the model, which then stays as it is; the message says why.
     """
-    if triton is None:
+    if kernels is None:
         raise Unsupported('torch without Triton')
     if not isinstance(model, SplitMixer):
         raise Unsupported(f'model {type(model).__name__}')
@@ -373,7 +393,7 @@ def fuse_for_training(model: SplitMixer, device: Optional[torch.device] = None) 
            for block in model.blocks):
         raise Unsupported("spatial_mixing='2d'")
     device = device or model.stem[0].weight.device
-    if device.type == 'cuda' or kernels.INTERPRETED:
+    if device.type == 'cuda' or _INTERPRETED:
         kernels.check_launches(device)
     if type(model.stem) is nn.Sequential:
         model.stem.__class__ = FusedStem

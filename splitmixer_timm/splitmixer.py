@@ -158,7 +158,7 @@ def _is_everything_watched() -> bool:
         or torch.nn.modules.module._global_backward_hooks or torch.nn.modules.module._global_backward_pre_hooks)
 
 
-def _is_watched(module: nn.Module) -> bool:
+def is_watched(module: nn.Module) -> bool:
     """ Whether somebody hooked on to a module, or gave it a forward of its own."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
@@ -383,7 +383,7 @@ class SeparateSegmentMixing(nn.Module):
         if not torch.jit.is_scripting():
             # the weights of several at once are one convolution, that calls none of them
             if _is_everything_watched() or not all(
-                    _is_pointwise(conv, size) and not _is_watched(conv) for conv, size in zip(self.convs, self.sizes)):
+                    _is_pointwise(conv, size) and not is_watched(conv) for conv, size in zip(self.convs, self.sizes)):
                 segments = x.split(self.sizes, dim=1)
                 return torch.cat([conv(segments[i]) for i, conv in enumerate(self.convs)], dim=1)
         weights: List[torch.Tensor] = []
@@ -548,10 +548,10 @@ class SplitMixerBlock(nn.Module):
 
 
 # Modules that treat every image of a batch by itself in eval mode, BatchNorm where it has running statistics
-_INDEPENDENT = (
+INDEPENDENT = [
     SplitMixerBlock, SegmentMixing, SharedSegmentMixing, SeparateSegmentMixing, SlidingSegmentMixing, AxisConv2d,
     nn.Sequential, nn.ModuleList, nn.Conv2d, nn.Identity, DropPath, nn.BatchNorm2d, nn.GELU, GELU, ChannelsLastGELU,
-    nn.ReLU)
+    nn.ReLU]
 PIECE_BYTES = 2**20  # features for each core that blocks take at a time: more leave its cache, less idle it
 
 
@@ -770,8 +770,8 @@ class SplitMixer(nn.Module):
             return 0
         for module in self.blocks.modules():
             if (
-                    type(module) not in _INDEPENDENT or module.training
-                    or _is_watched(module)
+                    type(module) not in INDEPENDENT or module.training
+                    or is_watched(module)
                     or isinstance(module, nn.BatchNorm2d) and module.running_mean is None
             ):
                 return 0
@@ -1066,6 +1066,9 @@ def create_variant(model_cls: Type[nn.Module], variant: str, pretrained: bool = 
         # timm adds what its create_model was given; this is what makes the variant, for a model that is published
         names = inspect.signature(model_cls).parameters.keys() - {'device', 'dtype'}
         model._model_args = {name: value for name, value in kwargs.items() if name in names}
+        if model.num_classes not in (0, len(model.pretrained_cfg.get('label_names') or ())):
+            for key in ('label_names', 'label_descriptions'):  # of other classes than the model's
+                model.pretrained_cfg.pop(key, None)
     return model
 
 

@@ -7,6 +7,8 @@ import sys
 import pytest
 import timm
 import torch
+from timm.layers import convert_splitbn_model
+from timm.utils import freeze
 from torch import nn
 from torch.autograd import gradcheck
 from triton_device import DEVICE, TOLERANCE, compile_kernel, cuda, not_interpreted, run_interpreted, runs_kernels
@@ -240,6 +242,108 @@ def test_interface():
     assert torch.equal(fused(x), model(x))
     with pytest.raises(ValueError, match='Expected more than 1 value per channel'):
         fuse_for_training(_model())(x[:1, :, :2, :2])
+
+
+def _set_norms(model, **values):
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            vars(module).update(values)
+    return model
+
+
+@runs_kernels
+@pytest.mark.parametrize('change', [
+    lambda model: convert_splitbn_model(model, 2),
+    lambda model: (freeze(model, ['stem', 'blocks.0']), model)[1],
+    lambda model: _set_norms(model, track_running_stats=False),
+], ids=['split', 'frozen', 'untracked'])
+def test_norms_changed_later(change):
+    """ As train.py changes them after it made the model: the kernels have no such norms, the plain layers run."""
+    model = _model(depth=2)
+    fused = change(fuse_for_training(copy.deepcopy(model)))
+    model = change(model)
+    x = torch.randn(4, 3, 6, 6, device=DEVICE)
+    (y, grads), (expected, expected_grads) = _step(fused, x), _step(model, x)
+    torch.testing.assert_close(y, expected, rtol=TOLERANCE, atol=TOLERANCE)
+    for ours, plain in zip(grads, expected_grads):
+        assert (ours is None) == (plain is None)
+        if plain is not None:
+            torch.testing.assert_close(ours, plain, rtol=10 * TOLERANCE, atol=10 * TOLERANCE)
+    for (name, ours), (_, plain) in zip(fused.named_buffers(), model.named_buffers()):
+        torch.testing.assert_close(ours, plain, rtol=TOLERANCE, atol=TOLERANCE, msg=name)
+
+
+@runs_kernels
+def test_no_images():
+    """ They leave the running statistics as they are."""
+    fused = fuse_for_training(_model())
+    before = copy.deepcopy(fused.state_dict())
+    _step(fused, torch.empty(0, 3, 6, 6, device=DEVICE))
+    for name, value in fused.state_dict().items():
+        assert name.endswith('num_batches_tracked') or torch.equal(value, before[name])
+
+
+class Adapted(nn.Module):
+    """ A convolution with an adapter beside it."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv
+        self.adapter = nn.Conv2d(conv.in_channels, conv.out_channels, 1, device=conv.weight.device)
+        self.weight, self.bias = conv.weight, conv.bias
+
+    def forward(self, x):
+        return self.conv(x) + self.adapter(x)
+
+
+@runs_kernels
+def test_convolution_replaced_later():
+    """ In half precision too it is called."""
+    fused = fuse_for_training(_model())
+    mixer = fused.blocks[0].channel_mixing.mixer
+    mixer.conv = Adapted(mixer.conv)
+    _step(fused, torch.randn(2, 3, 6, 6, device=DEVICE), torch.bfloat16)
+    assert mixer.conv.adapter.weight.grad.abs().sum() > 0
+
+
+@runs_kernels
+def test_eval():
+    """ The plain layers, that take a few images at a time on a CPU and compile as one graph."""
+    model = _model(dim=256).eval()
+    fused = fuse_for_training(copy.deepcopy(model))
+    x = torch.randn(512, 3, 32, 32, device=DEVICE)
+    with torch.no_grad():
+        features = model.stem(x)
+        assert fused._piece_size(features) == model._piece_size(features)
+    x = x[:2]
+    compiled = torch.compile(fused, backend='eager', fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x), rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@not_interpreted
+def test_without_triton():
+    """ Where a fused model was brought to, the plain layers run."""
+    script = """
+import sys
+sys.modules['triton'] = None
+import torch
+from splitmixer_timm import SplitMixer, fuse_for_training
+from splitmixer_timm.fused import Unsupported
+from splitmixer_timm.fused_training import FusedBlock, FusedStem
+model = SplitMixer(8, 1)
+try:
+    fuse_for_training(model)
+except Unsupported as e:
+    assert 'Triton' in str(e)
+else:
+    raise AssertionError
+x = torch.randn(2, 3, 8, 8)
+y = model(x)
+model.stem.__class__, model.blocks[0].__class__ = FusedStem, FusedBlock
+assert torch.equal(model(x), y)
+"""
+    run = subprocess.run([sys.executable, '-c', script], env=environment(), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 @runs_kernels

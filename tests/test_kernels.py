@@ -240,7 +240,8 @@ def test_roofline():
     lambda fused: fused.load_state_dict({k: v.clone() for k, v in fused.state_dict().items()}, assign=True),
     lambda fused: setattr(fused, 'head', torch.nn.Identity()),
     lambda fused: setattr(fused.stem, 'weight', fused.stem.weight + 1),
-], ids=['assigned', 'module', 'tensor'])
+    lambda fused: fused.blocks.append(torch.nn.Identity()),
+], ids=['assigned', 'module', 'tensor', 'added'])
 def test_graphs_of_what_was_replaced(change):
     """ They read the memory of the old tensors, and are dropped; what is changed in place they see."""
     fused = fused_cuda.build(_model(), torch.float32)
@@ -264,6 +265,14 @@ def test_graphs_of_what_was_replaced(change):
 def test_unsupported(kwargs, dtype, reason):
     with pytest.raises(Unsupported, match=reason):
         fused_cuda.build(_model(**kwargs), dtype)
+
+
+@not_interpreted
+def test_unsupported_stem():
+    model = _randomize(SplitMixer(8, 1))
+    model.stem = torch.nn.Conv2d(3, 8, 2, 2)
+    with pytest.raises(Unsupported, match='Conv2d at stem'):
+        fused_cuda.build(model, torch.float32)
 
 
 @not_interpreted
