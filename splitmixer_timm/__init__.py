@@ -20,6 +20,10 @@ def __getattr__(name):
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 
+def __dir__():
+    return sorted({*globals(), *__all__})
+
+
 __all__ = [
     'HubError', 'SplitMixer', 'checkpoint_filter_fn', 'fuse_for_training', 'optimize_for_inference', 'pull_from_hub',
     'push_to_hub']

@@ -131,8 +131,8 @@ def check_models(names: Sequence[str]) -> List[Row]:
     """
     unknown = [name for name in names if name != 'table3' and not is_model(name)]
     if unknown:
-        raise ValueError(f"unknown model {', '.join(map(repr, unknown))}; timm.list_models() names those there are, "
-                         f"and 'table3' stands for the rows of the paper's Table 3")
+        raise ValueError(f"unknown model {', '.join(map(repr, unknown))}; `splitmixer-timm list` names ours, "
+                         "timm.list_models() in Python all, and 'table3' stands for the rows of the paper's Table 3")
     return list(dict.fromkeys(row for name in names for row in (TABLE3 if name == 'table3' else [(name, '')])))
 
 

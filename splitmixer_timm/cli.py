@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import timm
-from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, is_model
+from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, get_pretrained_cfg, is_model
 
 from . import __version__, convmixer, manifest, splitmixer
 
@@ -48,17 +48,32 @@ def _list(args: argparse.Namespace) -> int:
     return 0
 
 
-def _info(args: argparse.Namespace) -> int:
-    from .complexity import measure_complexity
-
-    arch, _, tag = args.model.partition('.')
+def _default_cfg(name: str) -> PretrainedCfg:
+    """ Default cfg of a model of this package, of its default tag if none is named."""
+    arch, _, tag = name.partition('.')
     if arch not in ARCHITECTURES:
-        raise CommandError(f'unknown model {args.model!r}; `splitmixer-timm list` names those there are')
+        raise CommandError(f'unknown model {name!r}; `splitmixer-timm list` names those there are')
     try:
-        cfg = get_pretrained_cfg(args.model)
+        return get_pretrained_cfg(name)
     except RuntimeError as e:
         tags = ', '.join(name.partition('.')[2] for name in get_arch_pretrained_cfgs(arch))
         raise CommandError(f'unknown tag {tag!r} of {arch}; it has {tags}') from e
+
+
+def _zoo_name(name: str) -> str:
+    """ 'arch.tag' of a model of this package that has weights."""
+    cfg = _default_cfg(name)
+    name = f'{cfg.architecture}.{cfg.tag}'
+    if name not in manifest.entries():
+        raise CommandError(f'{name} has no weights; `splitmixer-timm list --pretrained` names those that have')
+    return name
+
+
+def _info(args: argparse.Namespace) -> int:
+    from .complexity import measure_complexity
+
+    cfg = _default_cfg(args.model)
+    arch = cfg.architecture
     counts = measure_complexity(timm.create_model(args.model, device='meta'), cfg.input_size)
     info: Dict[str, Any] = {
         'model': f'{arch}.{cfg.tag}',
@@ -99,8 +114,8 @@ def _predict(args: argparse.Namespace) -> int:
     model_name = args.model
     if '' in args.images:
         raise CommandError("IMAGE must be a file, a folder or -, got ''")
-    if ':' not in model_name and not is_model(model_name):
-        raise CommandError(f'unknown model {model_name!r}; `splitmixer-timm list --pretrained` names those there are')
+    if ':' not in model_name and (not is_model(model_name) or model_name.partition('.')[0] in ARCHITECTURES):
+        _zoo_name(model_name)
     try:
         sources = list(chain.from_iterable(
             read_stdin(sys.stdin.buffer) if image == '-' else find_images([image]) for image in args.images))
@@ -207,7 +222,7 @@ def _release(args: argparse.Namespace):
         raise CommandError('--dataset and --label-names are for a run or a folder; a model of the zoo has its own')
     if len(path.parts) > 1:
         raise CommandError(f'no such file or folder: {path}')
-    return hub.zoo_release(args.model)
+    return hub.zoo_release(_zoo_name(args.model))
 
 
 def _push(args: argparse.Namespace) -> int:
@@ -419,7 +434,8 @@ def _parser() -> argparse.ArgumentParser:
         help='batches timed, in each repeat (default: 100; steady on a CPU, where one takes seconds: 1)')
     command.add_argument('--repeats', type=positive, metavar='N', help='repeats of steady (default: 5, on a CPU 3)')
     command.add_argument(
-        '--results', type=Path, metavar='DIR', help='where results are kept (default: benchmarks/results)')
+        '--results', type=Path, metavar='DIR',
+        help='where results are kept (default: benchmarks/results of the checkout, or of the folder this runs in)')
     command.add_argument('--overwrite', action='store_true', help='measure anew what the results have')
     command.add_argument(
         '--plot', action=argparse.BooleanOptionalAction, help='draw a picture (default: where matplotlib is installed)')

@@ -272,9 +272,9 @@ class TestPredict:
         assert '1 channels, not RGB' in err
 
     @pytest.mark.parametrize(('args', 'words'), [
-        (['--model', 'splitmixer_3d_256_8'], 'No pretrained weights exist for splitmixer_3d_256_8.cifar10'),
+        (['--model', 'splitmixer_3d_256_8'], 'splitmixer_3d_256_8.cifar10 has no weights; '),
         (['--model', 'nonesuch'], "unknown model 'nonesuch'"),
-        (['--model', 'splitmixer_i_256_8.mnist'], 'mnist'),
+        (['--model', 'splitmixer_i_256_8.mnist'], "unknown tag 'mnist' of splitmixer_i_256_8; it has "),
         (['--model', 'local-dir:nowhere'], 'nowhere'),
         (['--topk', '0'], 'at least 1'),
         (['--device', 'warp'], 'warp'),

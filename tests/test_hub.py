@@ -1078,11 +1078,12 @@ class TestCommandLine:
         (['push', '--all', '--org', 'zoo', '--parent-commit', 'x'], '--parent-commit is for one model'),
         (['push', ZOO, REPO, '--dataset', 'x'], 'a model of the zoo has its own'),
         (['push', 'output/run', REPO], 'no such file or folder: output/run'),
-        (['push', 'splitmixer_3d_256_8.cifar10', REPO], "'splitmixer_3d_256_8.cifar10' has no weights in the zoo; "),
-        (['push', 'nonsense', REPO], "'nonsense' has no weights in the zoo; "),
+        (['push', 'splitmixer_3d_256_8', REPO], 'splitmixer_3d_256_8.cifar10 has no weights; '),
+        (['push', 'splitmixer_i_256_8.mnist', REPO], "unknown tag 'mnist' of splitmixer_i_256_8; it has cifar10, "),
+        (['push', 'nonsense', REPO], "unknown model 'nonsense'; "),
         (['push', ZOO, 'not a name'], 'not a name'),
         (['push', str(ROOT), REPO], 'it has no args.yaml'),
-        (['card', 'nonsense'], "'nonsense' has no weights in the zoo; "),
+        (['card', 'nonsense'], "unknown model 'nonsense'; "),
     ])
     def test_bad_requests(self, server, capsys, argv, message):
         assert cli.main(argv) == 2

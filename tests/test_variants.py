@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from conftest import BASELINES, SPLITMIXERS, real_images
-from timm.data import ImageNetInfo, resolve_data_config
+from timm.data import resolve_data_config
 from timm.models import generate_default_cfgs, get_arch_pretrained_cfgs, get_pretrained_cfg
 
 from splitmixer_timm import convmixer, manifest, splitmixer
@@ -101,9 +101,9 @@ def test_label_names():
         assert len(names) == count
     flowers = manifest.label_names('flowers102')
     assert (len(set(flowers)), flowers[0], flowers[101]) == (102, 'pink primrose', 'blackberry lily')
-    info = ImageNetInfo('imagenet-1k')
-    assert list(manifest.label_names('in1k')) == info.label_names()
-    assert manifest.label_descriptions('in1k') == info.label_descriptions(as_dict=True)
+    imagenet = manifest.label_names('in1k')
+    assert (len(set(imagenet)), imagenet[0], imagenet[999]) == (1000, 'n01440764', 'n15075141')
+    assert list(manifest.label_descriptions('in1k')) == list(imagenet)
     assert manifest.label_descriptions('cifar10') is None
     cfg = get_pretrained_cfg('splitmixer_i_768_32')
     assert cfg.label_descriptions[cfg.label_names[0]] == 'tench, Tinca tinca'
@@ -112,6 +112,15 @@ def test_label_names():
 
 
 @pytest.mark.data
+@pytest.mark.parametrize('name', ['splitmixer_i_256_8', 'splitmixer_i_768_32', 'convmixer_256_8'])
+def test_label_names_are_of_the_models_classes(name):
+    for num_classes, known in ((None, True), (0, True), (3, False)):
+        model = timm.create_model(name, device='meta', num_classes=num_classes)
+        assert bool(model.pretrained_cfg.get('label_names')) is known
+        assert bool(model.pretrained_cfg.get('label_descriptions')) is (known and name == 'splitmixer_i_768_32')
+    assert get_pretrained_cfg(name).label_names  # what the registry has is not the model's to change
+
+
 @pytest.mark.parametrize('dataset', ['cifar10', 'cifar100'])
 def test_label_names_are_the_data_sets(dataset, tmp_path):
     folder = real_images(dataset, tmp_path, 1, ('validation',)) / 'validation'
