@@ -333,11 +333,12 @@ def weights_table() -> str:
     rows = []
     for name, entry in sorted(manifest.entries().items()):
         paper = top1(name)
+        mark = ' *' if DATASETS[entry['dataset']].paper else ''  # open what the paper's figure was measured on
         model = timm.create_model(name, device='meta')
         counts = measure_complexity(model, model.pretrained_cfg['input_size'])
         metrics, training = entry['metrics'], entry['training']
         rows.append([
-            f'`{name}`', f'{metrics["top1"]:.2f}', f'{metrics["top5"]:.2f}', f'{paper:.2f}' if paper else '-',
+            f'`{name}`', f'{metrics["top1"]:.2f}', f'{metrics["top5"]:.2f}', f'{paper:.2f}{mark}' if paper else '-',
             f'{counts.params:,}', f'{counts.paper_flops / 1e6:,.1f}', f'{metrics["images"]:,}', str(training['epochs']),
             seeds_cell(entry), f'[log](weights/{training["summary"]})'])
     header = [

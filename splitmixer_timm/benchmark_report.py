@@ -171,6 +171,8 @@ def describe(rows: Rows) -> str:
         sentences.append(
             'Paper protocol: one batch fed 100 times, a pair of CUDA events around each forward, no eval mode, no '
             'warm-up' + (f' (**not the paper\'s protocol** here: {" and ".join(differs)})' if differs else ''))
+        if missing := [label(row) for row in measured(rows, 'steady') if row not in measured(rows, 'paper')]:
+            sentences.append(f'Not measured by it: {"; ".join(missing)}')
     if steady:
         repeats = _extent(len(row['rates'].split()) for row in steady)
         batches = _extent(int(row['batches']) for row in steady)

@@ -17,8 +17,9 @@ PATH_ARGS = {
     'resume': '<RESUME>', 'initial_checkpoint': '<CHECKPOINT>', 'pretrained_path': '<CHECKPOINT>',
     'class_map': '<CLASS_MAP>',
 }
-# what may differ between the parts of a run, and between its seeds: mixed precision is as the device has it
-LOCAL_ARGS = {'data', 'data_dir', 'output', 'device', 'workers', 'amp', 'amp_dtype'}
+# what may differ between the parts of a run, and between its seeds: mixed precision is as the device has it, and how
+# often it is measured changes no weight
+LOCAL_ARGS = {'data', 'data_dir', 'output', 'device', 'workers', 'amp', 'amp_dtype', 'val_interval'}
 # modules for train.py that make it faster, and change nothing else in what it computes
 FUSED, SHARED = 'splitmixer_timm.train_fused', 'splitmixer_timm.shared_images'
 
