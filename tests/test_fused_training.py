@@ -183,7 +183,7 @@ def test_step(kwargs):
 def test_half_precision(max_dense, kwargs, monkeypatch):
     """ Under autocast the gradients are as near to those in fp32 as the plain layers' are."""
     monkeypatch.setattr(fused_training, 'MAX_DENSE', max_dense)
-    model = _model(dim=16, depth=2, **kwargs)
+    model = _model(dim=16, **kwargs)
     fused = fuse_for_training(copy.deepcopy(model))
     x = torch.randn(4, 3, 8, 10, device=DEVICE)
     _, reference = _step(model, x)
