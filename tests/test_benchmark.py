@@ -628,6 +628,12 @@ class TestReport:
         assert 'Only process on the GPU: no' in text
         assert 'Not yet stable when warm-up ended: II, s = 3' in text
 
+    def test_says_what_is_missing(self, rows):
+        assert 'Not measured by it' not in benchmark_report.describe(rows)
+        without = [row for row in rows if (row['protocol'], row['model']) != ('paper', rows[-1]['model'])]
+        assert len(without) == len(rows) - 1
+        assert 'Not measured by it: II, s = 3.' in benchmark_report.describe(without)
+
     def test_ratio_is_within_one_run(self, rows):
         table = benchmark_report.throughput_table([{**row, 'torch': str(i)} for i, row in enumerate(rows)])
         assert [line.split('|')[9].strip() for line in table.splitlines()[2:]] == ['1.00', '-']
