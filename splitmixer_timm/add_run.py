@@ -221,7 +221,7 @@ def add_runs(
     Args:
         name: 'arch.tag' to add.
         run_dirs: Output folders of train.py, alike but for the seed; the first is published.
-        dataset: Data set of the tag, as `manifest.label_names` takes it.
+        dataset: Data set of the tag, as in splitmixer_timm/labels.
         data_dir: Image folders of the data set.
         scripts: Folder with timm's validate.py.
         recipe: One line that says how it was trained.
@@ -327,8 +327,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument(
         'run_dirs', metavar='RUN_DIR', type=Path, nargs='+',
         help='output folder of train.py (last.pth.tar, args.yaml, summary.csv); of several the first is published')
-    parser.add_argument(
-        '--dataset', required=True, help='data set of the tag: cifar10, cifar100, flowers102, food101 or in1k')
+    parser.add_argument('--dataset', required=True, help='data set of the tag, as in splitmixer_timm/labels')
     parser.add_argument('--data-dir', type=Path, required=True, help='image folders of the data set')
     parser.add_argument('--split', default='validation', help='folder of the official test set (default: %(default)s)')
     parser.add_argument('--scripts', type=Path, required=True, help="folder with timm's validate.py")

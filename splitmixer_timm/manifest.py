@@ -16,7 +16,6 @@ from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 from huggingface_hub.utils import WeakFileLock
 from safetensors import SafetensorError, safe_open
-from timm.data import ImageNetInfo
 from timm.models import PretrainedCfg, resolve_pretrained_cfg
 from timm.models._hub import download_cached_file, download_from_hf, hf_split
 
@@ -58,8 +57,10 @@ def entries() -> Dict[str, Dict[str, Any]]:
 
 
 @cache
-def _imagenet() -> ImageNetInfo:
-    return ImageNetInfo('imagenet-1k')
+def _labels(dataset: str) -> Tuple[Tuple[str, str], ...]:
+    path = _PACKAGE_DIR / 'labels' / f'{dataset}.txt'
+    lines = path.read_text(encoding='utf-8').splitlines()
+    return tuple((name, description) for name, _, description in (line.partition('\t') for line in lines))
 
 
 @cache
@@ -67,20 +68,19 @@ def label_names(dataset: str) -> Tuple[str, ...]:
     """ Class names of a data set in label order, each once (ImageNet's: WordNet's synsets).
 
     Raises:
-        ValueError: If it is none of those in splitmixer_timm/labels, nor 'in1k', of which timm knows them.
+        ValueError: If it is none of those in splitmixer_timm/labels.
     """
-    paths = {path.stem: path for path in (_PACKAGE_DIR / 'labels').glob('*.txt')}
-    if dataset == 'in1k':
-        return tuple(_imagenet().label_names())
-    if dataset not in paths:
-        raise ValueError(f'dataset must be one of {", ".join(sorted([*paths, "in1k"]))}, got {dataset!r}.')
-    return tuple(paths[dataset].read_text(encoding='utf-8').splitlines())
+    datasets = sorted(path.stem for path in (_PACKAGE_DIR / 'labels').glob('*.txt'))
+    if dataset not in datasets:
+        raise ValueError(f'dataset must be one of {", ".join(datasets)}, got {dataset!r}.')
+    return tuple(name for name, _ in _labels(dataset))
 
 
 @cache
 def label_descriptions(dataset: str) -> Optional[Dict[str, str]]:
     """ What the class names of a data set stand for (ImageNet's: WordNet's lemmas), None where they say it."""
-    return _imagenet().label_descriptions(as_dict=True) if dataset == 'in1k' else None
+    descriptions = dict(_labels(dataset))
+    return descriptions if any(descriptions.values()) else None
 
 
 def check_class_order(names: Sequence[str], dataset: str) -> None:
@@ -88,7 +88,7 @@ def check_class_order(names: Sequence[str], dataset: str) -> None:
 
     Args:
         names: Names of the folders, in that order.
-        dataset: Data set, as `label_names` takes it.
+        dataset: Data set, as in splitmixer_timm/labels.
 
     Raises:
         ValueError: If they are: each class would be taken for another.

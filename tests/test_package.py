@@ -74,7 +74,7 @@ def test_sdist_holds_what_it_must(dist):
     with tarfile.open(next(dist.glob('*.tar.gz'))) as archive:
         names = {name.partition('/')[2] for name in archive.getnames()}
     files = [entry['file'] for entry in manifest.entries().values()]
-    assert {'weights/manifest.json', 'LICENSE', 'README.md', 'splitmixer_timm/labels/cifar10.txt',
+    assert {'weights/manifest.json', 'LICENSE', 'README.md', 'splitmixer_timm/labels/in1k.txt',
             *(f'weights/{file}' for file in files)} <= names
     tracked = subprocess.run(['git', '-C', ROOT, 'ls-files'], capture_output=True, text=True)
     if tracked.returncode == 0:  # all of it: the tests run from there as well
