@@ -69,7 +69,8 @@ def evaluate(
     classes = len(dataset.reader.class_to_idx)
     if classes != model.num_classes:
         raise ValueError(f'data_dir must have {model.num_classes} class folders for {model_name}, got {classes}.')
-    if entry := manifest.entries().get(model_name):
+    cfg = model.pretrained_cfg
+    if entry := manifest.entries().get(f'{cfg.get("architecture")}.{cfg.get("tag")}'):
         manifest.check_class_order(sorted_classes(dataset.reader), entry['dataset'])
     top1, top5 = AverageMeter(), AverageMeter()
     for images, target in tqdm(DataLoader(dataset, batch_size, num_workers=workers), desc=model_name, disable=None):

@@ -107,13 +107,14 @@ class TestVerifyData:
         assert cli.main(['verify', '--data', str(tmp_path)]) == 2
         assert str(tmp_path / 'cifar10' / 'validation') in capsys.readouterr().err
 
-    def test_classes_in_another_order(self, tmp_path, capsys):
+    @pytest.mark.parametrize('tag', ['', '.flowers102'])
+    def test_classes_in_another_order(self, tmp_path, tag):
         for name in manifest.label_names('flowers102'):
             folder = tmp_path / 'flowers102' / 'validation' / name
             folder.mkdir(parents=True)
             Image.new('RGB', (8, 8)).save(folder / '0.png')
         with pytest.raises(ValueError, match='name them by number'):
-            evaluate('splitmixer_i_256_8_ks7_p7.flowers102', tmp_path / 'flowers102' / 'validation')
+            evaluate(f'splitmixer_i_256_8_ks7_p7{tag}', tmp_path / 'flowers102' / 'validation')
 
     def test_other_classes(self, tmp_path, metrics, capsys):
         folder = real_images('cifar100', tmp_path / 'cifar100', 1, ('validation',)).parent
@@ -121,8 +122,10 @@ class TestVerifyData:
         assert cli.main(['verify', '--data', str(folder)]) == 2
         assert 'must have 10 class folders' in capsys.readouterr().err
 
-    def test_a_constant_answer_is_chance(self, tmp_path, monkeypatch):
-        """ Counting is by label: a model that always says the same is right for one class in ten."""
+    @pytest.mark.parametrize('batch_size', [30, 7])
+    def test_a_constant_answer_is_chance(self, tmp_path, monkeypatch, batch_size):
+        """ Counting is by label: a model that always says the same is right for one class in ten, whatever is left for
+        the last batch."""
         class Constant(torch.nn.Module):
             num_classes = 10
             pretrained_cfg = dict(input_size=(3, 32, 32))
@@ -131,5 +134,9 @@ class TestVerifyData:
                 return torch.arange(10.).flip(0).expand(len(x), 10)
 
         monkeypatch.setattr('splitmixer_timm.evaluate.create_model', lambda *args, **kwargs: Constant())
-        folder = real_images('cifar10', tmp_path / 'cifar10', 3, ('validation',)).parent
-        assert evaluate('constant', folder / 'cifar10' / 'validation') == Accuracy(top1=10., top5=50., images=30)
+        for name in manifest.label_names('cifar10'):
+            (tmp_path / name).mkdir()
+            for n in range(3):
+                Image.new('RGB', (32, 32)).save(tmp_path / name / f'{n}.png')
+        measured = evaluate('constant', tmp_path, batch_size=batch_size, workers=0)
+        assert measured == Accuracy(top1=pytest.approx(10.), top5=pytest.approx(50.), images=30)

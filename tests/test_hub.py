@@ -698,6 +698,28 @@ class TestErrors:
         assert_same(model, pull_from_hub(REPO))
 
 
+    def test_damaged_on_the_way_to_timm(self, server):
+        push_to_hub(create(), REPO, token=TOKEN)
+        server.fail('/cdn/', 'wrong-hash')
+        with pytest.raises(HubError, match='damaged on the way'):
+            timm.create_model(f'hf-hub:{REPO}', pretrained=True)
+
+    def test_pushed_to_meanwhile(self, server, monkeypatch):
+        """ Configuration and weights are those of one commit."""
+        model = create()
+        push_to_hub(model, REPO, token=TOKEN)
+        download = hub.hf_hub_download
+
+        def meanwhile(repo_id, filename, **kwargs):
+            path = download(repo_id, filename, **kwargs)
+            if filename == hub.CONFIG:
+                push_to_hub(create(), REPO, token=TOKEN)
+            return path
+
+        monkeypatch.setattr(hub, 'hf_hub_download', meanwhile)
+        assert_same(model, pull_from_hub(REPO))
+
+
 class TestUnusable:
     @pytest.fixture
     def repo(self, server):
@@ -1032,6 +1054,19 @@ class TestCommandLine:
             args.update(model_ema=True, model_ema_force_cpu=force_cpu)
             (folder / 'args.yaml').write_text(yaml.safe_dump(args))
             assert bool(hub.run_release(folder).metrics) != force_cpu
+
+    def test_ema_is_published(self, run_dir):
+        folder, model = run_dir
+        ema = create(num_classes=10)
+        torch.save(
+            {'epoch': 1, 'state_dict': model.state_dict(), 'state_dict_ema': ema.state_dict()}, folder / 'last.pth.tar')
+        assert torch.equal(hub.run_release(folder).model.head.weight, ema.head.weight)
+
+    def test_pooling_of_the_run(self, run_dir):
+        folder, _ = run_dir
+        args = yaml.safe_load((folder / 'args.yaml').read_text())
+        (folder / 'args.yaml').write_text(yaml.safe_dump({**args, 'gp': 'max'}))
+        assert hub.run_release(folder).model.global_pool.pool_type == 'max'
 
     def test_damaged_summary(self, run_dir):
         (run_dir[0] / 'summary.csv').write_text('# notes\n1,2\n')

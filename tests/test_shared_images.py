@@ -3,6 +3,7 @@ import importlib
 import multiprocessing
 import os
 import sys
+import time
 
 import pytest
 import torch
@@ -41,6 +42,7 @@ class Noise:
     """ An augmentation that never makes the same image twice, and leaves the first pixel as it is."""
 
     def __call__(self, image):
+        time.sleep(0.02)  # else no two runs come to an image at once
         noise = torch.randint(256, (3, 8, 8), dtype=torch.uint8)
         noise[0, 0, 0] = image.getpixel((0, 0))[0]
         return noise
@@ -144,6 +146,7 @@ def test_under_spawn(module, root):
     loader = torch.utils.data.DataLoader(dataset, batch_size=COUNT, num_workers=1, multiprocessing_context='spawn')
     for each in (dataset, same):
         each.set_epoch(3)
+        assert each[0][1] == 0  # from a file, which is of this process
     (images, _), = loader
     assert torch.equal(images, torch.stack([same[n][0] for n in range(COUNT)]))
 

@@ -163,6 +163,46 @@ def test_trains_and_adds(zoo, monkeypatch):
 
 
 @pytest.mark.usefixtures('validated')
+def test_one_job_at_a_time(zoo, monkeypatch):
+    start, processes = train_zoo.start, []
+
+    def watched(*args):
+        assert all(process.poll() is not None for process in processes)
+        processes.append(start(*args))
+        return processes[-1]
+
+    monkeypatch.setattr(train_zoo, 'start', watched)
+    assert zoo.run('--jobs', '1') == 0
+    assert len(processes) == 3
+
+
+@pytest.mark.usefixtures('validated')
+def test_another_seed_later(zoo, monkeypatch):
+    """ A model that the zoo has is added again when it has more seeds to report."""
+    assert zoo.run(OTHER) == 0
+    monkeypatch.setattr(manifest, 'load_manifest', lambda: {'models': zoo.entries()})
+    (zoo.path / 'queue.yaml').write_text(yaml.safe_dump({OTHER: dict(QUEUE[OTHER], seeds=[42, 43])}))
+    assert zoo.run(OTHER) == 0
+    assert zoo.entries()[OTHER]['metrics']['seeds'] == {'42': 90.5, '43': 90.5}
+
+
+@pytest.mark.usefixtures('validated')
+def test_hours(zoo):
+    """ Those of all parts of a resumed run; none of what was there before a run that begins anew."""
+    assert zoo.run(OTHER) == 0
+    folder = zoo.path / 'runs' / f'{OTHER}-42'
+    shutil.copy(zoo.path / 'checkpoint-1', folder / 'last.pth.tar')
+    os.utime(folder / 'args.yaml', (1_000_000, 1_000_000))
+    os.utime(folder / 'last.pth.tar', (1_007_200, 1_007_200))
+    assert zoo.run(OTHER) == 0
+    assert zoo.entries()[OTHER]['training']['hours'] == 2
+    for file in folder.glob('*.pth.tar'):
+        file.unlink()
+    assert zoo.run(OTHER) == 0
+    assert zoo.entries()[OTHER]['training']['hours'] == 0
+
+
+@pytest.mark.usefixtures('validated')
 def test_some_of_the_queue(zoo):
     assert zoo.run('*.cifar100') == 0
     assert zoo.entries().keys() == {OTHER}

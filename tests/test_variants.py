@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from conftest import BASELINES, SPLITMIXERS, real_images
-from timm.data import resolve_data_config
+from timm.data import ImageNetInfo, resolve_data_config
 from timm.models import generate_default_cfgs, get_arch_pretrained_cfgs, get_pretrained_cfg
 
 from splitmixer_timm import convmixer, manifest, splitmixer
@@ -101,9 +101,9 @@ def test_label_names():
         assert len(names) == count
     flowers = manifest.label_names('flowers102')
     assert (len(set(flowers)), flowers[0], flowers[101]) == (102, 'pink primrose', 'blackberry lily')
-    imagenet = manifest.label_names('in1k')
-    assert (len(set(imagenet)), imagenet[0], imagenet[999]) == (1000, 'n01440764', 'n15075141')
-    assert list(manifest.label_descriptions('in1k')) == list(imagenet)
+    info = ImageNetInfo('imagenet-1k')
+    assert list(manifest.label_names('in1k')) == info.label_names()
+    assert manifest.label_descriptions('in1k') == info.label_descriptions(as_dict=True)
     assert manifest.label_descriptions('cifar10') is None
     cfg = get_pretrained_cfg('splitmixer_i_768_32')
     assert cfg.label_descriptions[cfg.label_names[0]] == 'tench, Tinca tinca'
@@ -170,7 +170,9 @@ def test_import_takes_little_more_than_timm():
     """
     code = 'import time, timm; t = time.process_time(); import splitmixer_timm; print(time.process_time() - t)'
     env = {name: value for name, value in os.environ.items() if name != 'PYTHONDONTWRITEBYTECODE'}
-    times = [
-        float(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env=env).stdout)
-        for _ in range(5)]
-    assert min(times) < 0.05
+
+    def seconds():
+        run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env=env)
+        return float(run.stdout)
+
+    assert any(seconds() < 0.05 for _ in range(5))

@@ -2,6 +2,7 @@
 import hashlib
 import http.server
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -350,6 +351,25 @@ class TestLocalDirAndStateDict:
         model = timm.create_model(
             'splitmixer_ii_256_8', pretrained=True, pretrained_cfg_overlay=dict(state_dict=source.state_dict()))
         assert all(torch.equal(v, source.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
+    path = tmp_path / 'file'
+    manifest.replace_file(path, b'old')
+    with pytest.raises(TypeError):
+        manifest.replace_file(path, 'no bytes')
+    with monkeypatch.context() as patch:
+        def read_only(*args):
+            raise OSError('read-only')
+
+        for module, name in ((os, 'replace'), (os, 'rename'), (type(path), 'replace'), (type(path), 'rename')):
+            patch.setattr(module, name, read_only)
+        with pytest.raises(OSError, match='read-only'):
+            manifest.replace_file(path, b'new')
+    assert [p.name for p in tmp_path.iterdir()] == ['file']
+    assert path.read_bytes() == b'old'
+    manifest.replace_file(path, b'new')
+    assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b'new', 0o644)
 
 
 def test_entries_written_at_once(tmp_path):
