@@ -368,8 +368,8 @@ def fuse_for_training(model: SplitMixer, device: Optional[torch.device] = None) 
     to eval mode or replaced (as by SyncBatchNorm), the plain layers run. Of the layers inside a block only the
     convolutions of channel mixing are called, and hooks of these alone; in half precision, with up to 512 channels,
     they are called where they have hooks or were replaced. `torch.compile` leaves stem and blocks to the kernels. The
-    model cannot be scripted, and has no second derivatives. A variance is the mean square less the mean's: where a
-    channel's mean is 100 times its deviation, the norm's output is off by 3e-4.
+    model cannot be scripted, and has no second derivatives. A variance is the mean square less the mean's, which loses
+    digits where a channel's mean is many times its deviation.
 
     Args:
         model: The model.

@@ -272,13 +272,11 @@ class Release:
 
 
 def zoo_release(name: str) -> Release:
-    """ A model of the zoo, with what the manifest says of it.
+    """ A model of the zoo by its 'arch.tag', with what the manifest says of it.
 
     Raises:
         ValueError: If the zoo has no weights of that name.
     """
-    arch, _, tag = name.partition('.')
-    name = name if tag or not _is_ours(arch) else f'{arch}.{timm.get_pretrained_cfg(arch).tag}'
     if name not in manifest.entries():
         raise ValueError(f'{name!r} has no weights in the zoo; {", ".join(sorted(manifest.entries()))} have.')
     return _of_the_zoo(name, timm.create_model(name, pretrained=True))

@@ -58,7 +58,7 @@ def entries() -> Dict[str, Dict[str, Any]]:
 
 @cache
 def _labels(dataset: str) -> Tuple[Tuple[str, str], ...]:
-    # ImageNet's too: timm's ImageNetInfo, which a test compares them with, takes as long to read as all of this package
+    # ImageNet's too: timm's ImageNetInfo, which a test compares them with, is too slow for what is read at import
     path = _PACKAGE_DIR / 'labels' / f'{dataset}.txt'
     lines = path.read_text(encoding='utf-8').splitlines()
     return tuple((name, description) for name, _, description in (line.partition('\t') for line in lines))

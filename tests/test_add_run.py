@@ -117,7 +117,8 @@ def test_seeds(run, tmp_path):
     other = tmp_path / 'other'
     shutil.copytree(run.path, other)
     args = yaml.safe_load((other / 'args.yaml').read_text())
-    elsewhere = dict(data_dir='/other', output='/other', resume='/other/last.pth.tar', workers=9, device='cpu')
+    elsewhere = dict(
+        data_dir='/other', output='/other', resume='/other/last.pth.tar', workers=9, device='cpu', val_interval=3)
     (other / 'args.yaml').write_text(yaml.safe_dump({**args, **elsewhere, 'seed': 8}))
     worse = {k: v + 1 for k, v in run.state_dict.items()}
     torch.save({'epoch': 2, 'state_dict': worse}, other / 'last.pth.tar')

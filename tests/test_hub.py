@@ -697,7 +697,6 @@ class TestErrors:
         push_to_hub(model, REPO, token=TOKEN)
         assert_same(model, pull_from_hub(REPO))
 
-
     def test_damaged_on_the_way_to_timm(self, server):
         push_to_hub(create(), REPO, token=TOKEN)
         server.fail('/cdn/', 'wrong-hash')

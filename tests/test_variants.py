@@ -111,7 +111,6 @@ def test_label_names():
         manifest.label_names('mnist')
 
 
-@pytest.mark.data
 @pytest.mark.parametrize('name', ['splitmixer_i_256_8', 'splitmixer_i_768_32', 'convmixer_256_8'])
 def test_label_names_are_of_the_models_classes(name):
     for num_classes, known in ((None, True), (0, True), (3, False)):
@@ -121,6 +120,7 @@ def test_label_names_are_of_the_models_classes(name):
     assert get_pretrained_cfg(name).label_names  # what the registry has is not the model's to change
 
 
+@pytest.mark.data
 @pytest.mark.parametrize('dataset', ['cifar10', 'cifar100'])
 def test_label_names_are_the_data_sets(dataset, tmp_path):
     folder = real_images(dataset, tmp_path, 1, ('validation',)) / 'validation'
