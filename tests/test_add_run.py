@@ -100,9 +100,26 @@ def test_training_images_are_counted(run, tmp_path):
     assert json.loads((run.weights / 'manifest.json').read_text())['models'][NAME]['training']['images'] == 2
 
 
-def test_class_folders_in_another_order(run, tmp_path, capsys):
+def test_epochs_by_the_images(run, tmp_path):
+    """ timm rounds a cycle to updates: this one has an epoch more than one of a thousand updates an epoch has."""
+    image = tmp_path / 'data' / 'train' / 'cat' / '0.png'
+    image.parent.mkdir(parents=True)
+    image.touch()
+    args = yaml.safe_load((run.path / 'args.yaml').read_text())
+    args.update(lr_cycle_limit=1, lr_cycle_mul=0.9, batch_size=1)
+    assert add_run.planned_epochs(args) == 2
+    (run.path / 'args.yaml').write_text(yaml.safe_dump(args))
+    run.add()
+    assert json.loads((run.weights / 'manifest.json').read_text())['models'][NAME]['training']['epochs'] == 3
+
+
+@pytest.mark.parametrize('split', ['train', 'validation'])
+def test_class_folders_in_another_order(run, tmp_path, capsys, split):
+    if split == 'validation':
+        shutil.rmtree(tmp_path / 'data' / 'validation' / 'cat')
+        (tmp_path / 'data' / 'validation' / 'an image').touch()
     for name in manifest.label_names('flowers102'):
-        (tmp_path / 'data' / 'train' / name.replace('/', ' ')).mkdir(parents=True)
+        (tmp_path / 'data' / split / name.replace('/', ' ')).mkdir(parents=True)
     before = (run.weights / 'manifest.json').read_bytes()
     with pytest.raises(SystemExit):
         add_run.main([
@@ -123,14 +140,34 @@ def test_seeds(run, tmp_path):
     worse = {k: v + 1 for k, v in run.state_dict.items()}
     torch.save({'epoch': 2, 'state_dict': worse}, other / 'last.pth.tar')
     run.validate.write_text(run.validate.read_text().replace(
-        'top1=81.25', 'top1=81.25 if model.head.bias[0].item() < 0.5 else 80.5'))
+        'dict(top1=81.25, top5=99.5)',
+        'dict(top1=81.25, top5=99.5) if model.head.bias[0] < 0.5 else dict(top1=80.5, top5=99)'))
     run.add(runs=[run.path, other])
     entry = json.loads((run.weights / 'manifest.json').read_text())['models'][NAME]
     assert entry['training']['seed'] == 7
-    assert entry['metrics']['top1'] == 81.25
+    assert (entry['metrics']['top1'], entry['metrics']['top5']) == (81.25, 99.5)
     assert entry['metrics']['seeds'] == {'7': 81.25, '8': 80.5}
     saved = load_file(run.weights / entry['file'])
     assert all(torch.equal(saved[k], v) for k, v in run.state_dict.items())
+
+
+def test_added_again(run, monkeypatch):
+    """ Where the same weights are to be had is kept; of other weights it would be wrong."""
+    path = run.weights / 'manifest.json'
+    place = dict(hf_hub_id='someone/model', revision='0' * 40, url='https://example.com/model.safetensors')
+
+    def entry():
+        return json.loads(path.read_text())['models'][NAME]
+
+    run.add()
+    manifest.write_entry(NAME, {**entry(), **place})
+    monkeypatch.setattr(manifest, 'load_manifest', lambda: json.loads(path.read_text()))
+    run.add()
+    assert entry() == {**entry(), **place}
+    changed = {k: v + 1 for k, v in run.state_dict.items()}
+    torch.save({'epoch': 2, 'state_dict': changed}, run.path / 'last.pth.tar')
+    run.add()
+    assert not place.keys() & entry().keys()
 
 
 def test_resumed_run(run):

@@ -163,6 +163,15 @@ def test_trains_and_adds(zoo, monkeypatch):
 
 
 @pytest.mark.usefixtures('validated')
+def test_epochs_by_the_images(zoo):
+    """ timm rounds a cycle to updates: this one has an epoch more than one of a thousand updates an epoch has."""
+    args = dict(epochs=2, warmup_epochs=1, lr_cycle_limit=1, lr_cycle_mul=0.9, batch_size=1)
+    (zoo.path / 'queue.yaml').write_text(yaml.safe_dump({OTHER: dict(recipe='cifar100', args=args)}))
+    assert zoo.run() == 0
+    assert zoo.entries()[OTHER]['training']['epochs'] == 3
+
+
+@pytest.mark.usefixtures('validated')
 def test_one_job_at_a_time(zoo, monkeypatch):
     start, processes = train_zoo.start, []
 
