@@ -52,6 +52,7 @@ from .runs import (
 )
 
 ELAPSED = 'elapsed.txt'  # seconds of each part of a run that was cut off and resumed, a line each
+SEEN = 'seen.txt'  # seconds and date of the last checkpoint of the latest part, as `train_zoo` saw it
 measuring: List[subprocess.Popen] = []  # validate.py, while it is at work
 BUFFERS = ('running_mean', 'running_var', 'num_batches_tracked')
 
@@ -81,12 +82,23 @@ def planned_epochs(run_args: Dict[str, Any], images: int = 0) -> int:
     return create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=updates or 1000)[1]
 
 
+def latest_part(run_dir: Path) -> Tuple[float, str]:
+    """ Seconds of the latest part of a run to its last checkpoint, and the date of that.
+
+    As `train_zoo` saw it, for times of files get lost when a folder is copied; by those of a run by hand, or where
+    what drove it was ended before.
+    """
+    started, finished = ((run_dir / name).stat().st_mtime for name in ('args.yaml', 'last.pth.tar'))
+    seconds, date = max(0., finished - started), datetime.date.fromtimestamp(finished).isoformat()
+    seen = (run_dir / SEEN).read_text().split() if (run_dir / SEEN).is_file() else []
+    return (float(seen[0]), seen[1]) if seen and float(seen[0]) >= seconds else (seconds, date)
+
+
 def training_hours(run_dir: Path) -> float:
     """ Hours from the start of the run to its last checkpoint, what was cut off and done again left out."""
     elapsed = run_dir / ELAPSED
     seconds = sum(map(float, elapsed.read_text().split())) if elapsed.is_file() else 0.
-    started, finished = ((run_dir / name).stat().st_mtime for name in ('args.yaml', 'last.pth.tar'))
-    return (seconds + finished - started) / 3600
+    return (seconds + latest_part(run_dir)[0]) / 3600
 
 
 def timm_version(scripts: Path) -> str:
@@ -294,7 +306,7 @@ def add_runs(
             'seed': run_args['seed'],
             'hours': round(training_hours(run_dir), 2),
             **made,
-            'date': datetime.date.fromtimestamp((run_dir / 'last.pth.tar').stat().st_mtime).isoformat(),
+            'date': latest_part(run_dir)[1],
         },
         'license': 'apache-2.0',
     }

@@ -12,6 +12,7 @@ augmentation on the CPU holds several runs up, `--share-images /dev/shm` has tho
 an epoch for all of them.
 """
 import argparse
+import datetime
 import hashlib
 import os
 import re
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
-from time import monotonic, sleep
+from time import monotonic, sleep, time
 from typing import Any, Dict, List, Optional, Sequence, Set, TextIO
 
 import torch
@@ -36,9 +37,11 @@ from tqdm import tqdm
 from . import manifest, splitmixer
 from .add_run import (
     ELAPSED,
+    SEEN,
     add_runs,
     checked_name,
     count_images,
+    latest_part,
     measuring,
     planned_epochs,
     read_weights,
@@ -328,6 +331,21 @@ def note_machine(
         manifest.replace_file(file, yaml.safe_dump([*parts, part]).encode())
 
 
+def note_seconds(folder: Path, began: float) -> None:
+    """ Keep in a run's folder how long this part of it took to its last checkpoint, for `add_run`.
+
+    Args:
+        folder: Folder of the run.
+        began: When this part began, in seconds since the epoch.
+    """
+    with suppress(OSError):  # no checkpoint yet, or train.py is replacing it; no space, which it will tell of
+        saved = (folder / 'last.pth.tar').stat().st_mtime
+        line = f'{saved - began:.0f} {datetime.date.fromtimestamp(saved).isoformat()}\n'
+        file = folder / SEEN
+        if saved > began and not (file.is_file() and file.read_text() == line):
+            manifest.replace_file(file, line.encode())
+
+
 def start(run: Run, scripts: Path, machine: str, runs: int, shared: str = '') -> subprocess.Popen:
     """ Begin a run, or go on after its last checkpoint; what it prints is kept in its folder.
 
@@ -354,9 +372,10 @@ def start(run: Run, scripts: Path, machine: str, runs: int, shared: str = '') ->
                     run.folder, 'an unknown machine', 1, 'unknown', 'unknown', precision(read_args(run.folder)))
             # train.py writes args.yaml anew, and with it the time that this part began; cut off before, it adds none
             args = run.folder / 'args.yaml'
-            finished = checkpoint.stat().st_mtime
             with open(run.folder / ELAPSED, 'a', encoding='utf-8') as f:
-                f.write(f'{max(0., finished - args.stat().st_mtime):.0f}\n')
+                f.write(f'{latest_part(run.folder)[0]:.0f}\n')
+            (run.folder / SEEN).unlink(missing_ok=True)
+            finished = checkpoint.stat().st_mtime
             if not (run.folder / FIRST_ARGS).is_file():
                 manifest.replace_file(run.folder / FIRST_ARGS, args.read_bytes())
             os.utime(args, (finished, finished))
@@ -364,7 +383,7 @@ def start(run: Run, scripts: Path, machine: str, runs: int, shared: str = '') ->
             epochs = checkpoint_epoch(checkpoint) + 1
             config = {**config, 'resume': str(checkpoint), 'seed': config['seed'] + 1000 * epochs}
         else:
-            for name in ('summary.csv', FIRST_ARGS, ELAPSED, MADE_ON):
+            for name in ('summary.csv', FIRST_ARGS, ELAPSED, SEEN, MADE_ON):
                 (run.folder / name).unlink(missing_ok=True)
         note_machine(run.folder, machine, runs, str(torch.__version__), timm_version(scripts), precision(config))
         manifest.replace_file(run.folder / 'config.yaml', yaml.safe_dump(config).encode())
@@ -427,6 +446,7 @@ def train(
     planned = {run.folder: planned_epochs(run.config, images[trained_on[run.folder]]) for run in runs}
     waiting = [run for run in runs if not run.is_finished(planned[run.folder])]
     running: Dict[Path, subprocess.Popen] = {}
+    began: Dict[Path, float] = {}
     models, failures = list(models), []
     adding: Dict[str, Future] = {}
     executor = ThreadPoolExecutor(1)
@@ -448,11 +468,14 @@ def train(
             while waiting and len(running) < jobs:
                 run = waiting.pop(0)
                 try:
+                    began[run.folder] = time()
                     running[run.folder] = start(run, scripts, machine, at_once, shared)
                 except (OSError, RuntimeError, ValueError, yaml.YAMLError) as e:
                     fail(f'{run.folder.name}: not started: {e}')
             for folder, process in list(running.items()):
-                if process.poll() is not None:
+                is_over = process.poll() is not None
+                note_seconds(folder, began[folder])
+                if is_over:
                     del running[folder]
                     if process.returncode:
                         fail(f'{folder.name}: train.py failed, see {folder / "train.log"}')

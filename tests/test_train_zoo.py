@@ -1,4 +1,5 @@
 """ `splitmixer_timm.train_zoo`: the queue that trains the zoo. """
+import datetime
 import json
 import os
 import shutil
@@ -209,6 +210,26 @@ def test_hours(zoo):
         file.unlink()
     assert zoo.run(OTHER) == 0
     assert zoo.entries()[OTHER]['training']['hours'] == 0
+
+
+@pytest.mark.usefixtures('validated')
+def test_hours_of_a_copy(zoo):
+    """ A copy of a run's folder may have lost the times of its files: its hours and its date are in it."""
+    assert zoo.run(OTHER) == 0
+    folder = zoo.path / 'runs' / f'{OTHER}-42'
+    shutil.copy(zoo.path / 'checkpoint-1', folder / 'last.pth.tar')
+    train_zoo.note_seconds(folder, (folder / 'last.pth.tar').stat().st_mtime - 7200)
+    for name in ('args.yaml', 'last.pth.tar'):
+        os.utime(folder / name, (1_000_000, 1_000_000))
+    today = datetime.date.today().isoformat()
+    assert add_run.training_hours(folder) == 2
+    assert add_run.latest_part(folder) == (7200, today)
+    assert zoo.run(OTHER) == 0
+    training = zoo.entries()[OTHER]['training']
+    assert (training['hours'], training['date']) == (2, today)
+    # of the part that began now there is no checkpoint yet
+    train_zoo.note_seconds(folder, time.time() + 60)
+    assert add_run.training_hours(folder) < 2.01
 
 
 @pytest.mark.usefixtures('validated')
