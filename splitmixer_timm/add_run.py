@@ -31,11 +31,12 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 from safetensors.torch import save
+from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.models import load_state_dict
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.utils import natural_key
 
 from . import manifest
+from .card import DATASETS
 from .cli import ARCHITECTURES, positive
 from .machine import device_name
 from .run import environment
@@ -138,8 +139,22 @@ def weights_content(state_dict: Dict[str, torch.Tensor]) -> bytes:
 
 
 def count_images(folder: Path) -> int:
-    """ Files of a split in image folders; 0 where it is not there."""
-    return sum(1 for file in folder.rglob('*') if file.is_file())
+    """ Images of a split in image folders, as timm finds them; 0 where it is not there."""
+    return len(find_images_and_targets(str(folder), sort=False)[0])
+
+
+def check_classes(folder: Path, dataset: str) -> None:
+    """ Check that the class folders of a split are a data set's classes: timm numbers those that it finds.
+
+    Raises:
+        ValueError: If there are fewer or more, or they are its labels in another order.
+    """
+    names = tuple(find_images_and_targets(str(folder), sort=False)[1])
+    labels = manifest.label_names(dataset)
+    if len(names) != len(labels):
+        raise ValueError(f'{folder} must have images in {len(labels)} class folders, those of {dataset}, has them in '
+                         f'{len(names)}')
+    manifest.check_class_order(names, dataset)
 
 
 def plot_curves(rows: List[Dict[str, str]], title: str) -> bytes:
@@ -174,7 +189,7 @@ def validate(
         device: str,
         batch_size: int,
 ) -> Dict[str, Any]:
-    """ Result of timm's validate.py on the official test set."""
+    """ Result of timm's validate.py on a split."""
     results = weights.with_suffix('.json')
     # on a GPU validate.py allows products in TF32, which is not the fp32 that the entry tells of
     env = environment(NVIDIA_TF32_OVERRIDE='0')
@@ -247,7 +262,7 @@ def add_runs(
     Raises:
         ValueError: If the name, the data set or a folder is not what it must be; if a run is not finished, is of
             another architecture, differs from the others in more than the seed, ended in weights that are not finite,
-            or was made on what nothing tells of; or if class folders are labels in another order.
+            or was made on what nothing tells of; or if class folders are not the data set's, or in another order.
         subprocess.CalledProcessError: If validate.py failed.
     """
     arch, _ = checked_name(name)
@@ -264,9 +279,13 @@ def add_runs(
             if key not in {'seed', 'experiment', *PATH_ARGS} and one.get(key) != other.get(key))
         if different:
             raise ValueError(f'{other_dir} must differ from {run_dir} in the seed alone, not in {", ".join(different)}')
-    for folder in (run_args['train_split'], split):
-        names = [path.name for path in (data_dir / folder).glob('*') if path.is_dir()]
-        manifest.check_class_order(sorted(names, key=natural_key), dataset)
+    trained_on, tested_on = (count_images(data_dir / folder) for folder in (run_args['train_split'], split))
+    check_classes(data_dir / split, dataset)
+    if trained_on:
+        check_classes(data_dir / run_args['train_split'], dataset)
+    # what else lies there, a part held out or a first few images, is not taken for it
+    test_set = 'the official test set' if tested_on == DATASETS[dataset].test else \
+        f'{tested_on:,} images, not the official test set'
     rows = read_summary(run_dir)
     made = made_on(run_dir, run_args['device'], scripts)
 
@@ -293,8 +312,8 @@ def add_runs(
         'metrics': {
             'top1': results[0]['top1'],
             'top5': results[0]['top5'],
-            'images': count_images(data_dir / split),
-            'measured_by': f"timm's validate.py on the official test set, fp32, {device}",
+            'images': tested_on,
+            'measured_by': f"timm's validate.py on {test_set}, fp32, {device}",
         },
         'training': {
             'recipe': recipe,
@@ -310,7 +329,7 @@ def add_runs(
         },
         'license': 'apache-2.0',
     }
-    if trained_on := count_images(data_dir / run_args['train_split']):
+    if trained_on:
         entry['training']['images'] = trained_on
     old = manifest.entries().get(name, {})
     if old.get('sha256') == entry['sha256']:

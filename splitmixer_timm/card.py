@@ -28,6 +28,7 @@ class Dataset:
         hub_id: Where the Hub has it.
         content: Number of images and classes.
         training: What the official splits to train on are called, by their number of images.
+        test: Number of images of the official test set, or of the validation set that is reported where that is usual.
         source: Who made it, and where it is described.
         bias: What is known to be one-sided in it.
         paper: What the paper leaves open of its figures on it.
@@ -36,6 +37,7 @@ class Dataset:
     hub_id: str
     content: str
     training: Dict[int, str]
+    test: int
     source: str
     bias: str
     paper: str = ''
@@ -47,26 +49,27 @@ _CIFAR_BIAS = (
 _CIFAR_TRAINING = {50000: 'the official train split'}
 DATASETS = {
     'cifar10': Dataset(
-        'CIFAR-10', 'uoft-cs/cifar10', '60,000 images of 32 x 32, 10 classes', _CIFAR_TRAINING,
+        'CIFAR-10', 'uoft-cs/cifar10', '60,000 images of 32 x 32, 10 classes', _CIFAR_TRAINING, 10000,
         'Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images"', _CIFAR_BIAS),
     'cifar100': Dataset(
-        'CIFAR-100', 'uoft-cs/cifar100', '60,000 images of 32 x 32, 100 classes', _CIFAR_TRAINING,
+        'CIFAR-100', 'uoft-cs/cifar100', '60,000 images of 32 x 32, 100 classes', _CIFAR_TRAINING, 10000,
         'Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images"',
         _CIFAR_BIAS + '; five of its classes are people (baby, boy, girl, man, woman), and an answer of those says '
                       'nothing of a person'),
     'flowers102': Dataset(
         'Flowers102', 'dpdl-benchmark/oxford_flowers102', '8,189 images, 102 classes',
         {1020: 'the official train split', 2040: 'the official train and val splits together'},
+        6149,
         'Nilsback and Zisserman 2008, "Automated Flower Classification over a Large Number of Classes"',
         'flowers common in the United Kingdom, one kind a picture, mostly close up',
         'it does not say on which splits it trained'),
     'food101': Dataset(
-        'Food101', 'ethz/food101', '101,000 images, 101 classes', {75750: 'the official train split'},
+        'Food101', 'ethz/food101', '101,000 images, 101 classes', {75750: 'the official train split'}, 25250,
         'Bossard et al. 2014, "Food-101: Mining Discriminative Components with Random Forests"',
         "dishes popular on an English-language site; the training images' labels are noisy by design"),
     'in1k': Dataset(
         'ImageNet-1k', 'ILSVRC/imagenet-1k', '1.28 million images, 1,000 classes',
-        {1281167: 'the official train split'},
+        {1281167: 'the official train split'}, 50000,
         'Deng et al. 2009, "ImageNet: A Large-Scale Hierarchical Image Database"',
         'web images and English nouns of around 2010; many classes are breeds of dogs, few are of the Global South'),
 }

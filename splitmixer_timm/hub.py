@@ -284,15 +284,16 @@ def zoo_release(name: str) -> Release:
 
 def _of_the_zoo(name: str, model: nn.Module, **given) -> Release:
     entry = manifest.entries()[name]
-    training = entry['training']
+    training, dataset = entry['training'], entry['dataset']
+    is_test = entry['metrics']['images'] == DATASETS[dataset].test
     files = {
         # the very file, so that the manifest's sha256 is that of what is published
         WEIGHTS: manifest.weights_file(name),
         ARGS: manifest.WEIGHTS_DIR / training['args'], SUMMARY: manifest.WEIGHTS_DIR / training['summary'],
     }
     release = Release(**{
-        'model': model, 'metrics': {'split': 'test', **entry['metrics']}, 'dataset': entry['dataset'],
-        'label_names': manifest.label_names(entry['dataset']), 'training': training, 'name': name,
+        'model': model, 'metrics': {**({'split': 'test'} if is_test else {}), **entry['metrics']}, 'dataset': dataset,
+        'label_names': manifest.label_names(dataset), 'training': training, 'name': name,
         'extra': {key: path.read_bytes() for key, path in files.items() if path.is_file()},
         **{key: value for key, value in given.items() if value is not None},
     })

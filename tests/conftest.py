@@ -61,6 +61,13 @@ def real_images(dataset, folder, per_class=None, splits=('train', 'validation'))
     return folder
 
 
+def make_images(folder, classes):
+    """ An empty image of each class."""
+    for name in map(str, classes):
+        (folder / name).mkdir(parents=True)
+        (folder / name / '0.png').touch()
+
+
 @pytest.fixture(autouse=True)
 def _allocator(monkeypatch):
     """ What the benchmarks ask of the allocator would stay for all tests of this process."""

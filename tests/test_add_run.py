@@ -1,4 +1,5 @@
 """ `splitmixer_timm.add_run`: from a finished run to weights and a manifest entry. """
+import dataclasses
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import pytest
 import timm
 import torch
 import yaml
+from conftest import make_images
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -54,10 +56,7 @@ def run(tmp_path, monkeypatch):
     scripts = tmp_path / 'scripts'
     scripts.mkdir()
     (scripts / 'validate.py').write_text(VALIDATE)
-    for i in range(3):
-        image = tmp_path / 'data' / 'validation' / 'cat' / f'{i}.png'
-        image.parent.mkdir(parents=True, exist_ok=True)
-        image.touch()
+    make_images(tmp_path / 'data' / 'validation', range(10))
 
     class Run:
         path, weights, state_dict = run_dir, zoo, ema
@@ -74,7 +73,7 @@ def test_adds(run, monkeypatch):
     run.add()
     written = json.loads((run.weights / 'manifest.json').read_text())
     entry = written['models'][NAME]
-    assert entry['metrics'] == {**entry['metrics'], 'top1': 81.25, 'top5': 99.5, 'images': 3}
+    assert entry['metrics'] == {**entry['metrics'], 'top1': 81.25, 'top5': 99.5, 'images': 10}
     assert (entry['params'], entry['dataset'], entry['training']['epochs'], entry['training']['seed']) == \
         (175_370, 'cifar10', 3, 7)
     monkeypatch.setattr(manifest, 'load_manifest', lambda: written)
@@ -92,21 +91,34 @@ def test_adds(run, monkeypatch):
 
 
 def test_training_images_are_counted(run, tmp_path):
-    for name in ('cat', 'dog'):
-        image = tmp_path / 'data' / 'train' / name / '0.png'
-        image.parent.mkdir(parents=True)
-        image.touch()
+    """ As timm finds them: what else lies in the folders is none."""
+    for split in ('train', 'validation'):
+        shutil.rmtree(tmp_path / 'data' / split, ignore_errors=True)
+        make_images(tmp_path / 'data' / split, range(10))
+        (tmp_path / 'data' / split / '3' / 'two.JPG').touch()
+        (tmp_path / 'data' / split / '3' / 'Thumbs.db').touch()
+        (tmp_path / 'data' / split / '.DS_Store').touch()
     run.add()
-    assert json.loads((run.weights / 'manifest.json').read_text())['models'][NAME]['training']['images'] == 2
+    entry = json.loads((run.weights / 'manifest.json').read_text())['models'][NAME]
+    assert entry['training']['images'] == entry['metrics']['images'] == 11
+
+
+def test_what_it_was_measured_on(run, monkeypatch):
+    def measured_by():
+        run.add()
+        return json.loads((run.weights / 'manifest.json').read_text())['models'][NAME]['metrics']['measured_by']
+
+    assert measured_by() == "timm's validate.py on 10 images, not the official test set, fp32, cpu"
+    monkeypatch.setitem(
+        add_run.DATASETS, 'cifar10', dataclasses.replace(add_run.DATASETS['cifar10'], test=10))
+    assert measured_by() == "timm's validate.py on the official test set, fp32, cpu"
 
 
 def test_epochs_by_the_images(run, tmp_path):
     """ timm rounds a cycle to updates: this one has an epoch more than one of a thousand updates an epoch has."""
-    image = tmp_path / 'data' / 'train' / 'cat' / '0.png'
-    image.parent.mkdir(parents=True)
-    image.touch()
+    make_images(tmp_path / 'data' / 'train', range(10))
     args = yaml.safe_load((run.path / 'args.yaml').read_text())
-    args.update(lr_cycle_limit=1, lr_cycle_mul=0.9, batch_size=1)
+    args.update(lr_cycle_limit=1, lr_cycle_mul=0.9, batch_size=10)
     assert add_run.planned_epochs(args) == 2
     (run.path / 'args.yaml').write_text(yaml.safe_dump(args))
     run.add()
@@ -114,19 +126,22 @@ def test_epochs_by_the_images(run, tmp_path):
 
 
 @pytest.mark.parametrize('split', ['train', 'validation'])
-def test_class_folders_in_another_order(run, tmp_path, capsys, split):
-    if split == 'validation':
-        shutil.rmtree(tmp_path / 'data' / 'validation' / 'cat')
-        (tmp_path / 'data' / 'validation' / 'an image').touch()
-    for name in manifest.label_names('flowers102'):
-        (tmp_path / 'data' / split / name.replace('/', ' ')).mkdir(parents=True)
+def test_class_folders(run, tmp_path, capsys, split):
+    """ timm numbers the classes that it finds: one that is missing shifts all after it."""
     before = (run.weights / 'manifest.json').read_bytes()
-    with pytest.raises(SystemExit):
-        add_run.main([
-            'splitmixer_ii_256_8.cifar10', str(run.path), '--dataset', 'flowers102', '--data-dir',
-            str(tmp_path / 'data'), '--scripts', str(run.validate.parent), '--recipe', 'a test'])
-    assert 'name them by number' in capsys.readouterr().err
-    assert (run.weights / 'manifest.json').read_bytes() == before
+    data = tmp_path / 'flowers'
+    names = [name.replace('/', ' ') for name in manifest.label_names('flowers102')]
+    make_images(data / 'validation', names if split == 'validation' else range(102))
+    make_images(data / 'train', names if split == 'train' else range(102))
+    for message in ('name them by number', f'{data / split} must have images in 102 class folders, those of '
+                                           'flowers102, has them in 101'):
+        with pytest.raises(SystemExit):
+            add_run.main([
+                'splitmixer_ii_256_8.cifar10', str(run.path), '--dataset', 'flowers102', '--data-dir', str(data),
+                '--scripts', str(run.validate.parent), '--recipe', 'a test'])
+        assert message in capsys.readouterr().err
+        assert (run.weights / 'manifest.json').read_bytes() == before
+        next((data / split).glob('*/0.png')).unlink()
 
 
 def test_seeds(run, tmp_path):

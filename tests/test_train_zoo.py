@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import ROOT, real_images
+from conftest import ROOT, make_images, real_images
 from timm.models import is_model
 
 from splitmixer_timm import add_run, cli, manifest, runs, train_zoo
@@ -73,7 +73,7 @@ QUEUE = {
 
 @pytest.fixture
 def zoo(tmp_path, monkeypatch):
-    """ A queue of two models, a stand-in for train.py, data of one image, and a zoo of its own."""
+    """ A queue of two models, a stand-in for train.py, data of an image a class, and a zoo of its own."""
     weights = tmp_path / 'weights'
     weights.mkdir()
     (weights / 'manifest.json').write_text(json.dumps(dict(hf_hub_org='', base_url='', models={})))
@@ -87,11 +87,9 @@ def zoo(tmp_path, monkeypatch):
     state_dict = timm.create_model(NAME).state_dict()
     for epoch in range(3):
         torch.save({'epoch': epoch, 'state_dict': state_dict}, tmp_path / f'checkpoint-{epoch}')
-    for dataset in ('cifar10', 'cifar100'):
+    for dataset, classes in (('cifar10', 10), ('cifar100', 100)):
         for split in ('train', 'validation'):
-            image = tmp_path / 'data' / dataset / split / 'cat' / '0.png'
-            image.parent.mkdir(parents=True)
-            image.touch()
+            make_images(tmp_path / 'data' / dataset / split, range(classes))
 
     class Zoo:
         path = tmp_path
@@ -166,10 +164,21 @@ def test_trains_and_adds(zoo, monkeypatch):
 @pytest.mark.usefixtures('validated')
 def test_epochs_by_the_images(zoo):
     """ timm rounds a cycle to updates: this one has an epoch more than one of a thousand updates an epoch has."""
-    args = dict(epochs=2, warmup_epochs=1, lr_cycle_limit=1, lr_cycle_mul=0.9, batch_size=1)
+    args = dict(epochs=2, warmup_epochs=1, lr_cycle_limit=1, lr_cycle_mul=0.9, batch_size=100)
     (zoo.path / 'queue.yaml').write_text(yaml.safe_dump({OTHER: dict(recipe='cifar100', args=args)}))
     assert zoo.run() == 0
     assert zoo.entries()[OTHER]['training']['epochs'] == 3
+
+
+@pytest.mark.parametrize('split', ['train', 'validation'])
+def test_classes_are_checked_first(zoo, capsys, split):
+    """ Not after days of training."""
+    (zoo.path / 'data' / 'cifar100' / split / '7' / '0.png').unlink()
+    with pytest.raises(SystemExit):
+        zoo.run()
+    folder = zoo.path / 'data' / 'cifar100' / split
+    assert f'--data-dir: {folder} must have images in 100 class folders' in capsys.readouterr().err
+    assert not (zoo.path / 'runs').exists()
 
 
 @pytest.mark.usefixtures('validated')
