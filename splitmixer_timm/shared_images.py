@@ -27,6 +27,7 @@ except ImportError:  # Windows
 __all__ = ['FOLDER', 'SharedImageDataset']
 
 FOLDER = 'SPLITMIXER_SHARED_IMAGES'
+_LEFT = 2**30  # bytes of the folder's file system that are left free, or half of it
 _HEADER = 9  # whether the image is there, and its target
 
 _logger = logging.getLogger(__name__)
@@ -93,9 +94,16 @@ class SharedImageDataset(ImageDataset):
         return file
 
     def _store(self, file: int, place: int, body: bytes) -> None:
-        """ Write a record, its flag last: who reads that finds the rest. Without space it stays unwritten."""
+        """ Write a record, its flag last: who reads that finds the rest. Without space it stays unwritten.
+
+        A folder in memory is also where data loaders hand over their batches, and they wait for ever where there is no
+        space for one: a part of it is left to them.
+        """
         try:
-            is_written = os.pwrite(file, body, place + 1) == len(body) and os.pwrite(file, b'\1', place) == 1
+            space = os.fstatvfs(file)
+            is_written = (
+                space.f_bavail > min(space.f_blocks // 2, _LEFT // space.f_frsize)
+                and os.pwrite(file, body, place + 1) == len(body) and os.pwrite(file, b'\1', place) == 1)
         except OSError:
             is_written = False
         if not is_written and not self._is_full:

@@ -79,6 +79,7 @@ REPORT_SECONDS = 60.  # where there is no terminal for a progress bar
 # else glibc returns large tensors to the system and fetches them anew, page by page, at each step on a CPU
 KEEP_MEMORY = {'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': str(sys.maxsize)}
 RECIPES_PRECISION = 'amp_dtype float16'  # where nothing is said of it
+SHARED_SPACE = 2**30  # bytes for images that runs share, and for the batches that data loaders hand over beside them
 LOCK_SECONDS = 10.  # data loaders outlive by that much a train.py that was killed
 
 
@@ -555,6 +556,10 @@ def main(argv: Optional[List[str]] = None) -> int:
             parser.error(f'--scripts must be a folder with train.py and validate.py, {args.scripts} has no {script}')
     if args.share_images and (fcntl is None or not args.share_images.is_dir()):
         parser.error(f'--share-images must be a folder, on a system with file locks, got {args.share_images}')
+    if args.share_images and (free := shutil.disk_usage(args.share_images).free) < SHARED_SPACE:
+        parser.error(
+            f'--share-images must have {SHARED_SPACE / 2**20:,.0f} MiB free, {args.share_images} has '
+            f'{free / 2**20:,.0f}; of a container, --shm-size sets the size of /dev/shm')
     if args.share_images and args.jobs == 1:
         parser.error('--share-images needs --jobs of at least 2')
     if args.fused and args.device.startswith('cuda') and find_spec('triton') is None:

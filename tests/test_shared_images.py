@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -163,16 +164,20 @@ def test_epochs_that_all_have_passed_are_removed(module, root):
     assert sorted(path.name for path in records.iterdir()) == ['2', '3', 'run1', f'run{os.getpid()}']
 
 
-@pytest.mark.parametrize('written', ['nothing', 'a part'])
+@pytest.mark.parametrize('written', ['nothing', 'a part', 'too little left'])
 def test_without_space(module, root, monkeypatch, caplog, written):
     """ Each run has images of its own, told once."""
     def pwrite(file, body, place):
+        assert written != 'too little left'
         if written == 'nothing':
             raise OSError(28, 'No space left on device')
         return len(body) // 2
 
     dataset, other = _dataset(root), _dataset(root)
     monkeypatch.setattr(module.os, 'pwrite', pwrite)
+    if written == 'too little left':
+        space = SimpleNamespace(f_blocks=4000, f_bavail=2000, f_frsize=4096)
+        monkeypatch.setattr(module.os, 'fstatvfs', lambda file: space)
     for each in (dataset, other):
         each.set_epoch(0)
     for n in (3, 4):

@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -272,7 +273,7 @@ def test_several_at_once(zoo):
 
 @pytest.mark.usefixtures('validated')
 @pytest.mark.skipif(train_zoo.fcntl is None, reason='needs file locks')
-def test_shared_images(zoo):
+def test_shared_images(zoo, monkeypatch, capsys):
     """ train.py shares images in a folder that is gone afterwards; the entry says so."""
     memory = zoo.path / 'memory'
     share = ['--jobs', '2', '--share-images', str(memory)]
@@ -283,6 +284,13 @@ def test_shared_images(zoo):
     memory.mkdir()
     with pytest.raises(SystemExit):
         zoo.run(OTHER, '--share-images', str(memory))
+    with monkeypatch.context() as context:
+        # as a container's /dev/shm is
+        context.setattr(train_zoo.shutil, 'disk_usage', lambda path: SimpleNamespace(free=2**26))
+        with pytest.raises(SystemExit):
+            zoo.run(OTHER, *share)
+    assert f'must have 1,024 MiB free, {memory} has 64; ' in capsys.readouterr().err
+    monkeypatch.setattr(train_zoo, 'SHARED_SPACE', 0)
     shutil.rmtree(zoo.path / 'runs')
     assert zoo.run(OTHER, *share) == 0
     shared = Path((zoo.path / 'shared').read_text())
