@@ -324,6 +324,14 @@ def _dataset_of(name: str) -> Optional[str]:
     return rest if scheme in ('torch', 'tfds') and rest in DATASETS else None
 
 
+def _measured_split(dataset: str, split: str) -> Tuple[str, str]:
+    """ What train.py's `--dataset` and `--val-split` make it measure on: the split's name, and what to call it."""
+    if dataset.startswith('torch/') and _dataset_of(dataset):  # of torchvision's, which have these two and no other
+        return ('train', 'the official train split') if split in ('train', 'training') else \
+            ('test', 'the official test set')
+    return split, f'its {split} split'
+
+
 def run_release(
         path: Path,
         dataset: Optional[str] = None,
@@ -341,21 +349,27 @@ def run_release(
     checkpoint = path / 'last.pth.tar' if path.is_dir() else path
     folder = checkpoint.parent
     args = read_args(folder)
-    arch = str(args['model']).partition('.')[0]
-    if not _is_ours(arch):
-        raise ValueError(f'{folder} trained {args["model"]}, which is no model of this package.')
+    of_another = f'{folder} trained {args["model"]}, which is no model of this package.'
+    if ':' not in str(args['model']) and not _is_ours(str(args['model']).partition('.')[0]):
+        raise ValueError(of_another)
     if not checkpoint.is_file():
         raise ValueError(f'{folder} has no {checkpoint.name}: train at least one epoch.')
     input_size = args.get('input_size')
     given = {
         'in_chans': args.get('in_chans') or (input_size[0] if input_size else None),  # as train.py has it
         'num_classes': args.get('num_classes'), 'global_pool': args.get('gp')}
-    try:
-        state_dict = load_state_dict(str(checkpoint))
+    try:  # 'hf-hub:' and 'local-dir:' name a configuration, of which that folder or the Hub may have none any more
         model = timm.create_model(
             args['model'], **{key: value for key, value in given.items() if value is not None},
             **(args.get('model_kwargs') or {}))
-        model.load_state_dict(state_dict)
+    except Exception as e:
+        raise ValueError(
+            f'{folder} trained {args["model"]}, which cannot be made here '
+            f'({type(e).__name__}: {" ".join(str(e).split())[:300]}).') from e
+    if not _is_ours(model.pretrained_cfg.get('architecture')):
+        raise ValueError(of_another)
+    try:
+        model.load_state_dict(load_state_dict(str(checkpoint)))
         epoch = checkpoint_epoch(checkpoint)
     except Exception as e:  # whatever a file that is none, is damaged, or is of another model has amiss
         raise ValueError(
@@ -371,13 +385,18 @@ def run_release(
         label_names = _class_folders(root, args, model.num_classes)
     if label_names is None:
         _logger.warning(f'{folder}: its class folders are not at hand, published without class names')
-    rows = [row for row in read_summary(folder) if int(row['epoch']) == epoch]
+    summary = read_summary(folder)
+    rows = [row for row in summary if int(row['epoch']) == epoch]
     if args.get('model_ema') and args.get('model_ema_force_cpu'):
         rows = []  # the checkpoint's weights are the EMA's, and train.py did not measure that one
     metrics = {key: float(rows[-1][f'eval_{key}']) for key in _METRICS if rows and rows[-1].get(f'eval_{key}')}
     if metrics:
-        metrics['split'] = args['val_split']
-        metrics['measured_by'] = f"timm's train.py on its {args['val_split']} split, after epoch {epoch}"
+        metrics['split'], measured_on = _measured_split(name, args['val_split'])
+        metrics['measured_by'] = f"timm's train.py on {measured_on}, after epoch {epoch}"
+        if rows[-1] is not summary[-1]:
+            metrics['measured_by'] += f' of a run to epoch {summary[-1]["epoch"]}'
+            if metrics.get('top1') == max(float(row.get('eval_top1') or 0) for row in summary):
+                metrics['measured_by'] += f', the best of {len(summary)} measured so'
     in_chans = model.stem[0].in_channels
     data_config = resolve_data_config({**args, 'in_chans': in_chans}, pretrained_cfg=model.pretrained_cfg)
     for key in ('mean', 'std'):

@@ -83,6 +83,8 @@ def public_args(run_args: Dict[str, Any]) -> Dict[str, Any]:
     public = {key: PATH_ARGS[key] if key in PATH_ARGS and value else value for key, value in run_args.items()}
     if is_local_dataset(public.get('dataset')):
         public['dataset'] = 'hfds/<DATA_DIR>'
+    if str(public.get('model')).lower().startswith('local-dir:'):
+        public['model'] = 'local-dir:<MODEL_DIR>'
     return public
 
 

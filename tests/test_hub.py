@@ -1,4 +1,5 @@
 """ Push and pull, through the real client of the Hub, to a Hub on loopback. """
+import dataclasses
 import json
 import logging
 import os
@@ -307,6 +308,12 @@ class TestCardOfAModel:
     ])
     def test_what_a_figure_depends_on(self, name, said):
         assert said in hub.zoo_release(name).card(name, name)
+
+    def test_split(self, monkeypatch):
+        """ The official test set is named where it is what was measured."""
+        assert hub.zoo_release(ZOO).metrics['split'] == 'test'
+        monkeypatch.setitem(hub.DATASETS, 'cifar10', dataclasses.replace(hub.DATASETS['cifar10'], test=9_999))
+        assert 'split' not in hub.zoo_release(ZOO).metrics
 
     def test_example(self):
         """ It tells the class by name where names are known."""
@@ -1003,8 +1010,65 @@ class TestCommandLine:
         assert cli.main(['push', str(folder), REPO]) == 0
         metadata = yaml.safe_load(files(server)['README.md'].decode().split('---')[1])
         assert metadata['datasets'] == [hub_id]
-        assert metadata['model-index'][0]['results'][0]['dataset']['split'] == 'validation'
+        # torchvision's other split is the test set
+        is_test = dataset == 'torch/cifar10'
+        split = metadata['model-index'][0]['results'][0]['dataset']['split']
+        assert split == ('test' if is_test else 'validation')
+        told = 'the official test set' if is_test else 'its validation split'
+        measured = f"- Measured: {split} split; timm's train.py on {told}, after epoch 1\n"
+        assert measured in files(server)['README.md'].decode()
         assert ('label_names' in json.loads(files(server)['config.json'])) == labels
+
+    def test_checkpoint_in_the_middle_of_a_run(self, run_dir):
+        """ One that is kept for its figure on the test set is said to be."""
+        folder, model = run_dir
+        (folder / 'summary.csv').write_text('epoch,eval_top1\n0,40\n1,71\n2,70\n')
+        told = {}
+        for epoch in range(3):
+            torch.save({'epoch': epoch, 'state_dict': model.state_dict()}, folder / 'model_best.pth.tar')
+            told[epoch] = hub.run_release(folder / 'model_best.pth.tar').metrics['measured_by'].partition(', ')[2]
+        assert told == {
+            0: 'after epoch 0 of a run to epoch 2', 1: 'after epoch 1 of a run to epoch 2, the best of 3 measured so',
+            2: 'after epoch 2'}
+
+    @pytest.mark.parametrize('source', ['hf-hub', 'local-dir'])
+    def test_run_from_a_published_model(self, server, run_dir, tmp_path, source):
+        """ As fine-tuning of what was pushed goes: the architecture and its arguments are in that configuration."""
+        folder, _ = run_dir
+        pushed = create(num_classes=10, dim=24)
+        push_to_hub(pushed, 'alice/first', token=TOKEN)
+        pulled = tmp_path / 'somewhere'
+        assert cli.main(['pull', 'alice/first', '--to', str(pulled)]) == 0
+        name = 'hf-hub:alice/first' if source == 'hf-hub' else f'local-dir:{pulled}'
+        args = yaml.safe_load((folder / 'args.yaml').read_text())
+        (folder / 'args.yaml').write_text(yaml.safe_dump({**args, 'model': name, 'model_kwargs': {}}))
+        tuned = create(num_classes=10, dim=24)
+        torch.save({'epoch': 1, 'state_dict': tuned.state_dict()}, folder / 'last.pth.tar')
+        assert cli.main(['push', str(folder), REPO]) == 0
+        assert_same(tuned, pull_from_hub(REPO))
+        published = files(server)
+        assert json.loads(published['config.json'])['label_names'] == list('abcdefghij')
+        assert yaml.safe_load(published['args.yaml'])['model'] == (
+            name if source == 'hf-hub' else 'local-dir:<MODEL_DIR>')
+        assert not [content for content in published.values() if str(tmp_path).encode() in content]
+
+    @pytest.mark.parametrize(('model', 'message'), [
+        ('hf-hub:alice/none', 'trained hf-hub:alice/none, which cannot be made here (RepositoryNotFoundError'),
+        ('local-dir:nowhere', 'trained local-dir:nowhere, which cannot be made here ('),
+        ('local-dir:FOLDER', 'FOLDER, which is no model of this package'),
+        ('resnet18', 'trained resnet18, which is no model of this package'),
+    ])
+    def test_run_of_another_model(self, server, run_dir, tmp_path, capsys, model, message):
+        folder, _ = run_dir
+        (tmp_path / 'config.json').write_text(json.dumps(dict(
+            architecture='resnet18', num_classes=10, num_features=512, pretrained_cfg=dict(input_size=[3, 32, 32]))))
+        args = yaml.safe_load((folder / 'args.yaml').read_text())
+        model = model.replace('FOLDER', str(tmp_path))
+        (folder / 'args.yaml').write_text(yaml.safe_dump({**args, 'model': model, 'model_kwargs': {}}))
+        assert cli.main(['push', str(folder), REPO]) == 2
+        err = capsys.readouterr().err
+        assert message.replace('FOLDER', str(tmp_path)) in err
+        assert err.count('\n') == 1
 
     def test_label_names(self, server, run_dir, tmp_path, caplog):
         folder, _ = run_dir
