@@ -104,6 +104,15 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_device(name: str) -> None:
+    from .machine import check_device
+
+    try:
+        check_device(name, any_kind=True)
+    except ValueError as e:
+        raise CommandError(f'--device: {e}') from e
+
+
 def _predict(args: argparse.Namespace) -> int:
     from itertools import chain
 
@@ -114,6 +123,7 @@ def _predict(args: argparse.Namespace) -> int:
     model_name = args.model
     if '' in args.images:
         raise CommandError("IMAGE must be a file, a folder or -, got ''")
+    _check_device(args.device)
     if ':' not in model_name and (not is_model(model_name) or model_name.partition('.')[0] in ARCHITECTURES):
         _zoo_name(model_name)
     try:
@@ -153,6 +163,8 @@ def _predict(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    if args.data is not None:
+        _check_device(args.device)
     failures = 0
     for name, entry in sorted(manifest.entries().items()):
         path = manifest.WEIGHTS_DIR / entry['file']

@@ -20,8 +20,12 @@ def has_precision(precision: str) -> bool:
     return precision != 'bf16' or has_bfloat16()
 
 
-def check_device(name: str) -> torch.device:
+def check_device(name: str, any_kind: bool = False) -> torch.device:
     """ Device of that name.
+
+    Args:
+        name: Its name for torch.
+        any_kind: Whether kinds that are not measured ('xpu', ...) will do; whether one is there, torch tells.
 
     Raises:
         ValueError: If there is none, or it is of no kind that can be measured.
@@ -30,7 +34,7 @@ def check_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         device = None
-    if device is None or device.type not in ('cuda', 'cpu', 'mps'):
+    if device is None or device.type not in ('cuda', 'cpu', 'mps') and not any_kind:
         raise ValueError(f"device must be 'cuda', 'cuda:N', 'cpu' or 'mps', got {name!r}")
     if device.type == 'cuda' and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} asked for, but this machine or this torch has no CUDA; 'cpu' works anywhere")

@@ -277,7 +277,8 @@ class TestPredict:
         (['--model', 'splitmixer_i_256_8.mnist'], "unknown tag 'mnist' of splitmixer_i_256_8; it has "),
         (['--model', 'local-dir:nowhere'], 'nowhere'),
         (['--topk', '0'], 'at least 1'),
-        (['--device', 'warp'], 'warp'),
+        (['--device', 'warp'], "error: --device: device must be 'cuda', 'cuda:N', 'cpu' or 'mps', got 'warp'"),
+        (['--device', 'cuda:99'], "error: --device: device 'cuda:99' asked for, but "),
         (['--device', 'meta'], 'failed on meta'),
         ([''], "IMAGE must be a file, a folder or -, got ''"),
     ])
@@ -294,6 +295,12 @@ class TestPredict:
 
 
 class TestVerify:
+    def test_device_that_is_not_there(self, run, tmp_path):
+        """ Told before anything is read."""
+        status, out, err = run('verify', '--data', tmp_path, '--device', 'cuda:99')
+        assert (status, out) == (2, '')
+        assert "--device: device 'cuda:99' asked for, but " in err
+
     def test_bundled(self, run):
         status, out, _ = run('verify')
         assert status == 0
