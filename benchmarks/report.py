@@ -126,9 +126,11 @@ def roofline_tables() -> str:
     for path in sorted(RESULTS_DIR.glob('*.roofline.csv')):
         for rows in reports.group(list(RooflineResults(path).rows.values())):
             parts += [f'### {rows[0]["device"]}: {reports.describe_setting(rows)}', roofline_table(rows)]
-            parts.append(
-                f'Copy {float(rows[0]["copy_bytes_per_s"]) / 1e9:,.1f} GB/s, matrix product '
-                f'{float(rows[0]["operations_per_s"]) / 1e9:,.0f} GFLOP/s. {reports.source(rows)}.')
+            ceilings = dict.fromkeys(
+                f'copy {float(row["copy_bytes_per_s"]) / 1e9:,.1f} GB/s, matrix product '
+                f'{float(row["operations_per_s"]) / 1e9:,.0f} GFLOP/s' for row in rows)
+            told = '; of others '.join(ceilings)
+            parts.append(f'{told[0].upper()}{told[1:]}. {reports.source(rows)}.')
     return '\n\n'.join(parts) or NOTHING
 
 
@@ -169,31 +171,38 @@ def forms_tables() -> str:
     parts = []
     for path in sorted(RESULTS_DIR.glob('*.speed.csv')):
         tasks: Dict[Tuple[str, ...], List[Dict[str, str]]] = {}
-        for row in SpeedResults(path).rows.values():
-            key = ('mode', 'precision', 'batch_size', 'memory')
+        measured = list(SpeedResults(path).rows.values())
+        for row in measured:
+            key = ('mode', 'precision', 'batch_size', 'memory', 'threads')
             tasks.setdefault(tuple(row[name] for name in key), []).append(row)
-        for (mode, precision, batch_size, memory), rows in tasks.items():
+        for (mode, precision, batch_size, memory, threads), rows in tasks.items():
             title = f'training, {precision}' if mode == 'train' else f'inference, {precision} but where said otherwise'
-            title += f', batch {batch_size}' + (f', memory {memory}' if memory else '')
+            title += f', batch {batch_size}' + (f', memory {memory}' if memory else '') + of_threads(threads, measured)
             parts += [f'**{rows[0]["device"]}: {title}**', forms_table(rows)]
-        parts.append(f'{reports.source(list(SpeedResults(path).rows.values()))}.')
+        parts.append(f'{reports.source(measured)}.')
     return '\n\n'.join(parts) or NOTHING
+
+
+def of_threads(threads: str, rows: List[Dict[str, str]]) -> str:
+    """ How many threads there were, where rows differ in that."""
+    return f', {threads} threads' if len({row['threads'] for row in rows}) > 1 else ''
 
 
 def gains_tables() -> str:
     """ Every device: how many times the plain model's images a second, in inference with a batch."""
     parts = []
     for path in sorted(RESULTS_DIR.glob('*.speed.csv')):
-        batches: Dict[str, List[Dict[str, str]]] = {}
-        for row in SpeedResults(path).rows.values():
+        batches: Dict[Tuple[str, str], List[Dict[str, str]]] = {}
+        measured = list(SpeedResults(path).rows.values())
+        for row in measured:
             if row['mode'] == 'infer' and row['batch_size'] != '1':
-                batches.setdefault(row['batch_size'], []).append(row)
-        for rows in batches.values():
-            parts += [gains_table(rows), f'{reports.source(rows)}.']
+                batches.setdefault((row['batch_size'], row['threads']), []).append(row)
+        for (_, threads), rows in batches.items():
+            parts += [gains_table(rows, of_threads(threads, measured)), f'{reports.source(rows)}.']
     return '\n\n'.join(parts) or NOTHING
 
 
-def gains_table(rows: List[Dict[str, str]]) -> str:
+def gains_table(rows: List[Dict[str, str]], threads: str) -> str:
     gains: Dict[str, Dict[str, Dict[str, str]]] = {}
     for row in rows:
         gains.setdefault(row['model'], {}).setdefault(row['form'], {})[row['memory']] = row
@@ -213,7 +222,7 @@ def gains_table(rows: List[Dict[str, str]]) -> str:
                 cells.append(f'{float(plain["seconds"]) / float(row["seconds"]):.1f}' if known else '-')
             line.append(' / '.join(cells))
         lines.append(line)
-    title = f'{rows[0]["device"]}, batch {rows[0]["batch_size"]}'
+    title = f'{rows[0]["device"]}, batch {rows[0]["batch_size"]}{threads}'
     title += f', memory {" / ".join(memories)}' if any(memories) else ''
     return table([title, 'plain (img/s)', *forms], lines)
 

@@ -59,10 +59,10 @@ class Task:
 
 class SpeedResults(Results):
     """ Results of this script."""
-    key = ('model', 'mode', 'precision', 'batch_size', 'img_size', 'memory', 'device', 'form')
+    key = ('model', 'mode', 'precision', 'batch_size', 'img_size', 'memory', 'device', 'threads', 'form')
     columns = (
-        *key, 'seconds', 'fastest', 'slowest', 'turns', 'peak_memory_mib', 'difference', 'error', 'date', 'commit',
-        *VERSIONS, *PACKAGES)
+        *(name for name in key if name not in VERSIONS), 'seconds', 'fastest', 'slowest', 'turns', 'peak_memory_mib',
+        'difference', 'error', 'date', 'commit', *VERSIONS, *PACKAGES)
 
 
 def task_settings(task: Task, device: str, img_size: int) -> Settings:

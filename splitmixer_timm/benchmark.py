@@ -481,8 +481,9 @@ class Results:
 
 
 def _rates_to_keep(old: Optional[Dict[str, str]], settings: Settings, origin: Dict[str, str]) -> List[float]:
-    """ Repeats of an earlier run that count: of a whole row always, of part of one if nothing changed since."""
-    if old is None or old['batches'] != str(settings.batches):
+    """ Repeats of an earlier run, by as many threads, that count: of a whole row always, of part of one if nothing
+    changed since."""
+    if old is None or old['batches'] != str(settings.batches) or old['threads'] != origin['threads']:
         return []
     rates = [float(rate) for rate in old['rates'].split()]
     is_whole = len(rates) >= settings.repeats and not old['error']

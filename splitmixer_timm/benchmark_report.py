@@ -59,9 +59,9 @@ def measured(rows: Rows, protocol: str) -> Dict[Row, Dict[str, str]]:
 
 
 def ratio(results: Dict[Row, Dict[str, str]], row: Row) -> Optional[float]:
-    """ Throughput relative to ConvMixer's, None where that was not measured with the same versions."""
+    """ Throughput relative to ConvMixer's, None where that was not measured on the same day by the same code."""
     own, baseline = results[row], results.get(BASELINE)
-    if baseline is None or any(own[name] != baseline[name] for name in VERSIONS):
+    if baseline is None or any(own[name] != baseline[name] for name in ('date', 'commit', *VERSIONS)):
         return None
     return float(own['img_per_s']) / float(baseline['img_per_s'])
 

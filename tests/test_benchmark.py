@@ -388,6 +388,15 @@ class TestResume:
         row, = rows_of(results)
         assert (len(measured), len(row['rates'].split()), row['torch']) == (5, 3, '1.0')
 
+    def test_by_other_threads(self, results, measured, monkeypatch):
+        """ What one thread did is no answer for two."""
+        run(ROWS[:1], TINY, results)
+        threads = torch.get_num_threads()
+        monkeypatch.setattr(torch, 'get_num_threads', lambda: threads + 1)
+        run(ROWS[:1], TINY, results)
+        row, = rows_of(results)
+        assert (len(measured), len(row['rates'].split()), row['threads']) == (6, 3, str(threads + 1))
+
     def test_failing_row(self, results, measured, monkeypatch):
         """ It is recorded, the others go on, and the next run tries it again."""
         rate = Subject.rate
@@ -634,8 +643,9 @@ class TestReport:
         assert len(without) == len(rows) - 1
         assert 'Not measured by it: II, s = 3.' in benchmark_report.describe(without)
 
-    def test_ratio_is_within_one_run(self, rows):
-        table = benchmark_report.throughput_table([{**row, 'torch': str(i)} for i, row in enumerate(rows)])
+    @pytest.mark.parametrize('column', ['torch', 'threads', 'commit', 'date'])
+    def test_ratio_is_within_one_run(self, rows, column):
+        table = benchmark_report.throughput_table([{**row, column: str(i)} for i, row in enumerate(rows)])
         assert [line.split('|')[9].strip() for line in table.splitlines()[2:]] == ['1.00', '-']
 
     def test_training_has_no_figures_of_the_paper(self, rows):

@@ -152,6 +152,17 @@ def test_script_and_table(run, tmp_path, monkeypatch):
     assert table[2][[i for i, cell in enumerate(table[0]) if 'copy' in cell][0]].strip() == '-'
 
 
+def test_ceilings_of_another_day(run, tmp_path, monkeypatch):
+    """ A limit stands beside the ceilings that it was made of."""
+    assert run('--models', 'splitmixer_ii_256_8_ks7_p7', 'convmixer_256_8_ks7_p7')[0] == 0
+    monkeypatch.setattr(roofline, 'measure_ceilings', lambda device, dtype: dict(copy=1e10, operations=5e10))
+    assert run('--models', 'splitmixer_ii_256_8_ks7_p7')[0] == 0
+    monkeypatch.setattr(report, 'RESULTS_DIR', tmp_path)
+    one, other = 'opy 1.0 GB/s, matrix product 10 GFLOP/s', 'opy 10.0 GB/s, matrix product 50 GFLOP/s'
+    text = report.roofline_tables()
+    assert f'C{one}; of others c{other}. ' in text or f'C{other}; of others c{one}. ' in text
+
+
 def test_failing_model(run, tmp_path, monkeypatch):
     models = ['--models', 'convmixer_256_8_ks7_p7', 'splitmixer_i_256_8_ks7_p7']
     assert run(*models)[0] == 0

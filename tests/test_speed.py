@@ -1,5 +1,6 @@
 """ benchmarks/speed.py and benchmarks/plain.py: every form is measured, and all compute the same. """
 import csv
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -200,6 +201,20 @@ def test_batches_have_tables_of_their_own(results, monkeypatch):
         assert results('--models', 'splitmixer_i_256_8', '--tasks', 'infer', '--batch-size', size)[0] == 0
     headers = [line for line in report.gains_tables().splitlines() if line.startswith('|') and 'optimized' in line]
     assert [header.split('|')[1].split()[-3] for header in headers] == ['2,', '3,']
+
+
+def test_threads_have_tables_of_their_own(results, monkeypatch):
+    """ Of some models more threads than of others would make one table of two machines."""
+    times = dict.fromkeys(('seconds', 'fastest', 'slowest'), '1')
+    monkeypatch.setattr(speed, 'measure', lambda *args: [dict(times, form=form) for form in ('plain', 'created')])
+    args = ('--models', 'splitmixer_i_256_8', '--tasks', 'infer')
+    for threads in ('1', '2'):
+        _, rows = results(*args, '--threads', threads)
+        headers = [line.split('|')[1] for line in report.gains_tables().splitlines() if 'created' in line]
+        assert [f', {threads} threads' in header for header in headers] == [[False], [False, True]][int(threads) - 1]
+    assert [row['threads'] for row in rows] == ['1'] * 4 + ['2'] * 4
+    for threads in ('1', '2'):
+        assert re.search(f'batch 2, memory returned, {threads} threads', report.forms_tables())
 
 
 @pytest.mark.parametrize('other', ['fp32', BF16])
