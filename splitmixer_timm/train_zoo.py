@@ -194,6 +194,9 @@ def _read_model(
             raise ValueError(
                 f'{key} of {name} in {path} must be a number, got the text {value!r}: YAML wants a point in it, as in '
                 '1.0e-3')
+    for key, kind, what in (('device_modules', list, 'a list'), ('opt_kwargs', dict, 'a mapping')):
+        if not isinstance(args.get(key, kind()), kind):
+            raise ValueError(f'{key} of {name} in {path} must be {what}, got {args[key]!r}')
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds) or \
             len(set(seeds)) != len(seeds):
         raise ValueError(f'seeds of {name} in {path} must be a list of different integers, got {seeds!r}')
@@ -207,7 +210,8 @@ def _read_model(
             'data_dir': str(train_args['data_dir'] / dataset), 'output': str(output), 'experiment': f'{name}-{seed}',
             **args,
         }
-        config['device_modules'] = [*config['device_modules'], *own_modules]
+        config['device_modules'] = list(dict.fromkeys(
+            [*base['device_modules'], *config['device_modules'], *own_modules]))  # the models stay registered
         if FUSED in modules and config.get('opt') in ('adam', 'adamw'):
             config['opt_kwargs'] = {**(config.get('opt_kwargs') or {}), 'fused': True}
         runs.append(Run(name, output / f'{name}-{seed}', config))

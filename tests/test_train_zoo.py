@@ -639,6 +639,8 @@ def test_what_ends_is_not_deaf():
     (dict(queue=f'{NAME}: {{recipe: cifar10, epochs: 3}}'), 'nothing else'),
     (dict(queue=f'{NAME}: {{recipe: cifar10, args: 3}}'), 'must map arguments of train.py to values, got 3'),
     (dict(queue=f'{NAME}: {{recipe: cifar10, args: {{lr: 1e-3}}}}'), "must be a number, got the text '1e-3'"),
+    (dict(queue=f'{NAME}: {{recipe: cifar10, args: {{device_modules: x}}}}'), "must be a list, got 'x'"),
+    (dict(queue=f'{NAME}: {{recipe: cifar10, args: {{opt_kwargs: [1]}}}}'), 'must be a mapping, got [1]'),
     (dict(queue=f'{NAME}: {{recipe: cifar10, seeds: 42}}'), 'must be a list of different integers, got 42'),
     (dict(queue=f'{NAME}: {{recipe: cifar10, seeds: []}}'), 'must be a list of different integers, got []'),
     (dict(absent='scripts/validate.py'), 'has no validate.py'),
@@ -676,6 +678,14 @@ def test_the_zoos_own_queue(tmp_path):
             assert add_run.planned_epochs(run.config) == add_run.planned_epochs(run.config, images) == planned
 
 
+def test_modules_of_the_queue(zoo):
+    """ Beside that which registers the models."""
+    path, script = zoo.path / 'queue.yaml', zoo.path / 'scripts' / 'train.py'
+    path.write_text(yaml.safe_dump({NAME: dict(recipe='cifar10', args=dict(device_modules=['json']))}))
+    model, = train_zoo.read_queue(path, [], zoo.path, script, modules=['csv'], data_dir=zoo.path)
+    assert model.runs[0].config['device_modules'] == ['splitmixer_timm', 'json', 'csv']
+
+
 def test_planned_epochs_of_a_cycle():
     """ As train.py says it schedules them: timm rounds a cycle down to updates."""
     recipe = yaml.safe_load((cli.RECIPES_DIR / 'cifar100.yaml').read_text())
@@ -690,7 +700,8 @@ def test_arguments_of_the_real_script(tmp_path):
     """ Each of its arguments may stand in the queue, its other names may not."""
     path, script = tmp_path / 'queue.yaml', Path(SCRIPTS) / 'train.py'
     names = yaml.safe_load(DEFAULTS.read_text()).keys() - train_zoo.OWN_ARGS
-    path.write_text(yaml.safe_dump({NAME: dict(recipe='cifar10', args=dict.fromkeys(names, 1))}))
+    args = {**dict.fromkeys(names, 1), 'device_modules': ['json'], 'opt_kwargs': {}}
+    path.write_text(yaml.safe_dump({NAME: dict(recipe='cifar10', args=args)}))
     train_zoo.read_queue(path, [], tmp_path, script, data_dir=tmp_path)
     for name in ('dr', 'train_steps_per_epoch', 'epoch'):
         path.write_text(yaml.safe_dump({NAME: dict(recipe='cifar10', args={name: 1})}))
