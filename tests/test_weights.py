@@ -20,6 +20,7 @@ from timm.data import create_transform, resolve_model_data_config
 from timm.models import get_pretrained_cfg
 
 from splitmixer_timm import manifest, splitmixer
+from splitmixer_timm.card import DATASETS
 from splitmixer_timm.runs import finished_epochs, read_summary
 
 NAME = 'splitmixer_i_256_8.cifar10'
@@ -45,7 +46,8 @@ class TestManifest:
         assert model.num_classes == len(manifest.label_names(entry['dataset']))
         metrics = entry['metrics']
         assert 0 < metrics['top1'] < metrics['top5'] <= 100
-        assert metrics['images'] == TEST_IMAGES[entry['dataset']]
+        assert metrics['images'] == TEST_IMAGES[entry['dataset']] == DATASETS[entry['dataset']].test
+        assert 'on the official test set' in metrics['measured_by']
         assert entry['license']
         training = entry['training']
         assert {'recipe', 'epochs', 'seed', 'machine', 'torch', 'timm', 'date', 'args', 'summary'} <= training.keys()
