@@ -2,13 +2,14 @@
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, Union
+from typing import Any, Iterator, List, Tuple, Union
 
 import torch
+from PIL import Image
 from timm import create_model
-from timm.data import create_dataset, create_transform, resolve_model_data_config
+from timm.data import ImageDataset, create_dataset, create_transform, resolve_model_data_config
 from timm.utils import AverageMeter, accuracy
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 from . import manifest
@@ -40,6 +41,30 @@ class Accuracy:
     images: int
 
 
+class _Images(Dataset):
+    """ Images and targets of one of timm's data sets, in place of which timm gives the next where one is damaged."""
+
+    def __init__(self, dataset: ImageDataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Tuple[Union[torch.Tensor, str], int]:
+        file, target = self.dataset.reader[index]
+        try:
+            image = Image.open(file).convert(self.dataset.input_img_mode)
+        except (OSError, Image.DecompressionBombError) as e:
+            return f'{self.dataset.filename(index, absolute=True)} cannot be read: {e}', target
+        return self.dataset.transform(image), target
+
+
+def _collate(samples: List[Tuple[Union[torch.Tensor, str], int]]) -> Tuple[Union[torch.Tensor, str], Any]:
+    """ A batch, or what is amiss with an image of it."""
+    damaged = next((sample for sample in samples if isinstance(sample[0], str)), None)
+    return damaged or default_collate(samples)
+
+
 @full_precision()
 @torch.inference_mode()
 def evaluate(
@@ -60,7 +85,7 @@ def evaluate(
 
     Raises:
         ValueError: If the number of classes in the folder is not the model's, or their order is another.
-        RuntimeError: If the model has no weights, or the folder no images.
+        RuntimeError: If the model has no weights, or the folder no images or one that cannot be read.
     """
     device = torch.device(device)
     model = create_model(model_name, pretrained=True).to(device).eval()
@@ -73,7 +98,10 @@ def evaluate(
     if entry := manifest.entries().get(f'{cfg.get("architecture")}.{cfg.get("tag")}'):
         manifest.check_class_order(sorted_classes(dataset.reader), entry['dataset'])
     top1, top5 = AverageMeter(), AverageMeter()
-    for images, target in tqdm(DataLoader(dataset, batch_size, num_workers=workers), desc=model_name, disable=None):
+    loader = DataLoader(_Images(dataset), batch_size, num_workers=workers, collate_fn=_collate)
+    for images, target in tqdm(loader, desc=model_name, disable=None):
+        if isinstance(images, str):
+            raise RuntimeError(images)
         for meter, percent in zip((top1, top5), accuracy(model(images.to(device)).cpu(), target, topk=(1, 5))):
             meter.update(percent.item(), len(images))
     return Accuracy(top1=top1.avg, top5=top5.avg, images=len(dataset))

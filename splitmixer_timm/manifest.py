@@ -241,7 +241,12 @@ def checked_overlay(
         # the caller says where from: no other place that the cfg knows may come before it
         overlay = {**dict.fromkeys(_SOURCES), 'source': '', **overlay}
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
-    if cfg.source == 'hf-hub':
+    name = f'{cfg.architecture}.{cfg.tag}' if cfg.tag else cfg.architecture
+    known = name in entries()
+    place = {k: v for k in ('hf_hub_id', 'hf_hub_filename', 'url') if (v := getattr(cfg, k))}
+    is_published = known and bool(place) and place == published(name)
+    is_elsewhere = cfg.source == 'local-dir' or cfg.state_dict or cfg.file
+    if cfg.source == 'hf-hub' or cfg.hf_hub_id and not is_elsewhere and not is_published:
         # timm would look for a pickle where the Hub does not give the safetensors
         checked_token()
         with explained(cfg.hf_hub_id, hf_split(cfg.hf_hub_id)[1]):
@@ -253,8 +258,6 @@ def checked_overlay(
     if cfg.source == 'local-dir' or cfg.state_dict:
         return overlay
 
-    name = f'{cfg.architecture}.{cfg.tag}' if cfg.tag else cfg.architecture
-    known = name in entries()
     if cfg.file:
         if known and Path(cfg.file) == WEIGHTS_DIR / entries()[name]['file']:
             check_file(cfg.file, name)
@@ -267,12 +270,12 @@ def checked_overlay(
             except SafetensorError as e:
                 raise RuntimeError(
                     f'The weights file {cfg.file} given for {variant} is truncated or not safetensors ({e}).') from e
-    elif cfg.hf_hub_id or cfg.url:
-        place = {k: v for k in ('hf_hub_id', 'hf_hub_filename', 'url') if (v := getattr(cfg, k))}
-        if known and place == published(name):
-            path = _download(name, cfg, cache_dir)
-            check_file(path, name)
-            overlay['file'] = path
+    elif is_published:
+        path = _download(name, cfg, cache_dir)
+        check_file(path, name)
+        overlay['file'] = path
+    elif cfg.url:  # the caller's
+        pass
     elif known:
         raise RuntimeError(
             f'The weights of {name} should be at {WEIGHTS_DIR / entries()[name]["file"]} and are not: reinstall '

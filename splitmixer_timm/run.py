@@ -42,7 +42,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         print(f'splitmixer_timm.run: error: {script!r} is not a Python script: {e}', file=sys.stderr)
         return 2
     sys.argv = argv
-    sys.path[0] = os.path.dirname(os.path.abspath(script))  # as Python itself does for a script
+    if not getattr(sys.flags, 'safe_path', False):  # by which Python has no folder of its own there
+        sys.path[0] = os.path.dirname(os.path.abspath(script))  # as Python itself does for a script
     runpy.run_path(script, run_name='__main__')
     return 0
 

@@ -143,6 +143,7 @@ def _resolve_norm_layer(norm_layer: Union[str, Callable[..., nn.Module]]) -> Cal
 
 # torch has no public way to ask; without this one vmap would fail, as it does of itself where a format is asked for
 _transform_stack = getattr(torch._C._functorch, 'peek_interpreter_stack', lambda: None)
+_count_dispatch_modes = getattr(torch._C, '_len_torch_dispatch_stack', lambda: 0)  # make_fx, counters of operations
 
 
 @torch.jit.ignore
@@ -365,7 +366,8 @@ class SharedSegmentMixing(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if not _is_pointwise(self.conv, self.segment_dim):
+            # who looks on would see all segments as a batch of more, or of wider, images
+            if not _is_pointwise(self.conv, self.segment_dim) or _is_everything_watched() or is_watched(self.conv):
                 return torch.cat([self.conv(segment) for segment in x.chunk(self.num_segments, dim=1)], dim=1)
         return _unpack_segments(self.conv(_pack_segments(x, self.num_segments)), x)
 
@@ -763,6 +765,7 @@ class SplitMixer(nn.Module):
         if (
                 torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
                 or isinstance(x, torch.fx.Proxy) or x.device.type != 'cpu' or _is_everything_watched()
+                or _count_dispatch_modes()
         ):
             return 0
         size = max(1, PIECE_BYTES * torch.get_num_threads() * len(x) // max(1, x.nbytes))
@@ -1045,6 +1048,8 @@ def create_variant(model_cls: Type[nn.Module], variant: str, pretrained: bool = 
         RuntimeError: If there are no weights, or the file is not the one in the manifest.
     """
     out_indices = kwargs.pop('out_indices', 3)
+    if kwargs.get('in_chans') is not None:  # timm counts with it where it adapts weights
+        kwargs['in_chans'] = _integer('in_chans', kwargs['in_chans'], 1)
     # with another number of classes timm would load whatever fits
     filter_fn = partial(checkpoint_filter_fn, strict=kwargs.get('pretrained_strict', True))
     if pretrained:

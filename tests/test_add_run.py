@@ -264,8 +264,10 @@ def test_ema_is_named(run):
 
 
 def test_measured_in_fp32(run):
-    """ On a GPU validate.py would allow TF32."""
-    run.validate.write_text("import os; assert os.environ['NVIDIA_TF32_OVERRIDE'] == '0'" + run.validate.read_text())
+    """ On a GPU validate.py would allow TF32; a damaged image is an error, not the next one in its place."""
+    run.validate.write_text(
+        "import os; assert os.environ['NVIDIA_TF32_OVERRIDE'] == '0'\n"
+        'from timm.data import dataset; assert dataset._ERROR_RETRY == 1\n' + run.validate.read_text())
     run.add()
 
 

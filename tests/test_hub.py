@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -744,6 +745,20 @@ class TestUnusable:
             with pytest.raises(HubError) as error:
                 load_it(REPO)
             assert 'model.safetensors' in told(error)
+        assert not [request for request in server.requests if 'pytorch' in request.path]
+
+    @pytest.mark.parametrize('given', ['pretrained_cfg', 'pretrained_cfg_overlay'])
+    def test_repository_that_the_caller_names(self, repo, server, given):
+        """ By a cfg, as by 'hf-hub:': its safetensors or nothing."""
+        contents = repo()
+        load_it = partial(timm.create_model, NAME, pretrained=True, **SMALL, **{given: dict(hf_hub_id=REPO)})
+        if given == 'pretrained_cfg':
+            load_it = partial(load_it, num_classes=load(contents['model.safetensors'])['head.bias'].numel())
+        assert torch.equal(load_it().head.bias, load(contents['model.safetensors'])['head.bias'])
+        repo(model_safetensors=None, pytorch_model_bin=b'x')
+        with pytest.raises(HubError) as error:
+            load_it()
+        assert 'model.safetensors' in told(error)
         assert not [request for request in server.requests if 'pytorch' in request.path]
 
     def test_config_that_names_another_place(self, repo, server):

@@ -58,6 +58,7 @@ def test_wheel_holds_what_it_must(dist):
         names = set(wheel.namelist())
         metadata = wheel.read(next(n for n in names if n.endswith('METADATA'))).decode()
     assert {'splitmixer_timm/weights/manifest.json', 'splitmixer_timm/labels/cifar10.txt',
+            'splitmixer_timm/labels/in1k.LICENSE',
             'splitmixer_timm/py.typed'} <= names
     for entry in manifest.entries().values():
         for file in (entry['file'], *(entry['training'][key] for key in ('args', 'summary', 'curves'))):
@@ -75,6 +76,7 @@ def test_sdist_holds_what_it_must(dist):
         names = {name.partition('/')[2] for name in archive.getnames()}
     files = [entry['file'] for entry in manifest.entries().values()]
     assert {'weights/manifest.json', 'LICENSE', 'README.md', 'splitmixer_timm/labels/in1k.txt',
+            'splitmixer_timm/labels/in1k.LICENSE',
             *(f'weights/{file}' for file in files)} <= names
     tracked = subprocess.run(['git', '-C', ROOT, 'ls-files'], capture_output=True, text=True)
     if tracked.returncode == 0:  # all of it: the tests run from there as well

@@ -15,8 +15,8 @@ if 'fail' in sys.argv:
 """
 
 
-def run(*args, cwd=None, launcher=('-m', 'splitmixer_timm.run')):
-    env = {**os.environ, 'PYTHONPATH': str(ROOT)}
+def run(*args, cwd=None, launcher=('-m', 'splitmixer_timm.run'), paths=(ROOT,)):
+    env = {**os.environ, 'PYTHONPATH': os.pathsep.join(map(str, paths))}
     command = [sys.executable, *launcher, *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
 
@@ -33,6 +33,18 @@ def test_runs_as_main_with_its_arguments(script):
     done = run(script, '--lr', 0.1, 'x y')
     assert (done.returncode, done.stderr) == (0, '')
     assert done.stdout == "__main__ ['--lr', '0.1', 'x y'] True beside it\n"
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason='Python has no safe mode')
+def test_safe_path(script, monkeypatch):
+    """ As in Python's own safe mode: no folder of the script's, and every other place."""
+    monkeypatch.setenv('PYTHONSAFEPATH', '1')
+    assert "No module named 'helper'" in run(script).stderr
+    (script.parent / 'lib').mkdir()
+    (script.parent / 'helper.py').rename(script.parent / 'lib' / 'helper.py')
+    done = run(script, paths=[script.parent / 'lib', ROOT])
+    assert (done.returncode, done.stderr) == (0, '')
+    assert 'beside it' in done.stdout
 
 
 def test_exit_status_is_the_scripts(script):

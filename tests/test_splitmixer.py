@@ -12,9 +12,11 @@ from reference import randomize
 from timm.layers import RmsNorm
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from splitmixer_timm import SplitMixer, checkpoint_filter_fn, splitmixer
 from splitmixer_timm.complexity import measure_complexity
@@ -61,6 +63,16 @@ class TestCustomisedConvolutions:
             conv.register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
         torch.testing.assert_close(model(images), expected)
         assert seen == [12, 12]
+
+    @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+    def test_hooks_on_a_shared_convolution(self, images, memory_format):
+        """ It sees each segment as it is, not all as a batch of more images."""
+        mixer, seen = randomize(SplitMixer(24, 2, channel_mixing='iii')).blocks[0].channel_mixing.mixer, []
+        x = torch.randn(2, 24, 5, 6).contiguous(memory_format=memory_format)
+        expected = mixer(x)
+        mixer.conv.register_forward_hook(lambda module, args, out: seen.append(args[0].shape))
+        torch.testing.assert_close(mixer(x), expected)
+        assert seen == [(2, 12, 5, 6)] * 2
 
     @pytest.mark.parametrize('kind', ['iii', 'iv'])
     def test_hooks_on_all_modules(self, kind, images):
@@ -520,8 +532,12 @@ class TestMemoryFormat:
             assert size() == 0
             everywhere.remove()
             assert size() == 1
+            with FlopCounterMode(display=False):
+                assert size() == 0
             model = SplitMixer(24, 2).eval()
             images = torch.randn(4, 3, 6, 6)
+            traced = make_fx(model, tracing_mode='symbolic', _allow_non_fake_inputs=True)(images[:2])
+            torch.testing.assert_close(traced(images), model(images))
             for same in (torch.jit.trace(model, images[:2]), torch.fx.symbolic_trace(model), torch.jit.script(model)):
                 torch.testing.assert_close(same(images), model(images))
 

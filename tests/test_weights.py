@@ -305,11 +305,11 @@ class TestPublished:
         save_file(other, tmp_path / 'mine.safetensors')
         torch.save(other, tmp_path / 'mine.pth')
 
-        def load_state_dict_from_hf(model_id, *args, **kwargs):
-            assert model_id == 'me/mine'
-            return dict(other)
+        def download_from_hf(model_id, filename, cache_dir=None):
+            assert (model_id, filename) == ('me/mine', 'model.safetensors')
+            return str(tmp_path / 'mine.safetensors')
 
-        monkeypatch.setattr('timm.models._builder.load_state_dict_from_hf', load_state_dict_from_hf)
+        monkeypatch.setattr(manifest, 'download_from_hf', download_from_hf)
         zoo.publish(**zoo_is_at)
         model = zoo.create(cache_dir=tmp_path / 'cache', pretrained_cfg_overlay={callers: dict(
             url=f'{server.url}/mine.pth', hf_hub_id='me/mine', file=str(tmp_path / 'mine.safetensors'),
