@@ -54,8 +54,9 @@ class _Images(Dataset):
         file, target = self.dataset.reader[index]
         try:
             image = Image.open(file).convert(self.dataset.input_img_mode)
-        except (OSError, Image.DecompressionBombError) as e:
-            return f'{self.dataset.filename(index, absolute=True)} cannot be read: {e}', target
+        except Exception as e:  # a damaged file makes Pillow's decoders raise nearly anything
+            reason = ' '.join(str(e).split()) or type(e).__name__
+            return f'{self.dataset.filename(index, absolute=True)} cannot be read: {reason}', target
         return self.dataset.transform(image), target
 
 
