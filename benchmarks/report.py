@@ -127,10 +127,9 @@ def roofline_tables() -> str:
         for rows in reports.group(list(RooflineResults(path).rows.values())):
             parts += [f'### {rows[0]["device"]}: {reports.describe_setting(rows)}', roofline_table(rows)]
             ceilings = dict.fromkeys(
-                f'copy {float(row["copy_bytes_per_s"]) / 1e9:,.1f} GB/s, matrix product '
+                f'Copy {float(row["copy_bytes_per_s"]) / 1e9:,.1f} GB/s, matrix product '
                 f'{float(row["operations_per_s"]) / 1e9:,.0f} GFLOP/s' for row in rows)
-            told = '; of others '.join(ceilings)
-            parts.append(f'{told[0].upper()}{told[1:]}. {reports.source(rows)}.')
+            parts.append(f'{" / ".join(ceilings)}. {reports.source(rows)}.')
     return '\n\n'.join(parts) or NOTHING
 
 

@@ -143,18 +143,19 @@ def count_images(folder: Path) -> int:
     return len(find_images_and_targets(str(folder), sort=False)[0])
 
 
-def check_classes(folder: Path, dataset: str) -> None:
-    """ Check that the class folders of a split are a data set's classes: timm numbers those that it finds.
+def check_images(folder: Path, dataset: str) -> int:
+    """ Images of a split in image folders, which must be those of a data set's classes: timm numbers what it finds.
 
     Raises:
         ValueError: If there are fewer or more, or they are its labels in another order.
     """
-    names = tuple(find_images_and_targets(str(folder), sort=False)[1])
+    images, names = find_images_and_targets(str(folder), sort=False)
     labels = manifest.label_names(dataset)
     if len(names) != len(labels):
         raise ValueError(f'{folder} must have images in {len(labels)} class folders, those of {dataset}, has them in '
                          f'{len(names)}')
-    manifest.check_class_order(names, dataset)
+    manifest.check_class_order(tuple(names), dataset)
+    return len(images)
 
 
 def plot_curves(rows: List[Dict[str, str]], title: str) -> bytes:
@@ -280,10 +281,8 @@ def add_runs(
             if key not in {'seed', 'experiment', *PATH_ARGS} and one.get(key) != other.get(key))
         if different:
             raise ValueError(f'{other_dir} must differ from {run_dir} in the seed alone, not in {", ".join(different)}')
-    trained_on, tested_on = (count_images(data_dir / folder) for folder in (run_args['train_split'], split))
-    check_classes(data_dir / split, dataset)
-    if trained_on:
-        check_classes(data_dir / run_args['train_split'], dataset)
+    tested_on, train_dir = check_images(data_dir / split, dataset), data_dir / run_args['train_split']
+    trained_on = check_images(train_dir, dataset) if train_dir.is_dir() else 0
     # what else lies there, a part held out or a first few images, is not taken for it
     test_set = 'the official test set' if tested_on == DATASETS[dataset].test else \
         f'{tested_on:,} images, not the official test set'

@@ -30,6 +30,7 @@ from huggingface_hub.errors import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from timm.data import create_dataset, resolve_data_config
+from timm.data.dataset_factory import _TRAIN_SYNONYM
 from timm.layers import SelectAdaptivePool2d
 from timm.layers.create_act import _ACT_LAYER_DEFAULT
 from timm.models import ConvMixer, get_model_args, is_model, load_state_dict, model_entrypoint
@@ -327,8 +328,7 @@ def _dataset_of(name: str) -> Optional[str]:
 def _measured_split(dataset: str, split: str) -> Tuple[str, str]:
     """ What train.py's `--dataset` and `--val-split` make it measure on: the split's name, and what to call it."""
     if dataset.startswith('torch/') and _dataset_of(dataset):  # of torchvision's, which have these two and no other
-        return ('train', 'the official train split') if split in ('train', 'training') else \
-            ('test', 'the official test set')
+        return ('train', 'the official train split') if split in _TRAIN_SYNONYM else ('test', 'the official test set')
     return split, f'its {split} split'
 
 

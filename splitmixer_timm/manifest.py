@@ -245,8 +245,9 @@ def checked_overlay(
     known = name in entries()
     place = {k: v for k in ('hf_hub_id', 'hf_hub_filename', 'url') if (v := getattr(cfg, k))}
     is_published = known and bool(place) and place == published(name)
-    is_elsewhere = cfg.source == 'local-dir' or cfg.state_dict or cfg.file
-    if cfg.source == 'hf-hub' or cfg.hf_hub_id and not is_elsewhere and not is_published:
+    if cfg.source == 'local-dir' or cfg.state_dict and cfg.source != 'hf-hub':
+        return overlay
+    if cfg.source == 'hf-hub' or cfg.hf_hub_id and not cfg.file and not is_published:
         # timm would look for a pickle where the Hub does not give the safetensors
         checked_token()
         with explained(cfg.hf_hub_id, hf_split(cfg.hf_hub_id)[1]):
@@ -255,9 +256,6 @@ def checked_overlay(
             with safe_open(path, framework='pt'):
                 # whatever else a config.json from there says of places
                 return {**overlay, **dict.fromkeys(_SOURCES), 'source': '', 'file': path}
-    if cfg.source == 'local-dir' or cfg.state_dict:
-        return overlay
-
     if cfg.file:
         if known and Path(cfg.file) == WEIGHTS_DIR / entries()[name]['file']:
             check_file(cfg.file, name)
@@ -274,8 +272,8 @@ def checked_overlay(
         path = _download(name, cfg, cache_dir)
         check_file(path, name)
         overlay['file'] = path
-    elif cfg.url:  # the caller's
-        pass
+    elif cfg.url:
+        return overlay  # the caller's
     elif known:
         raise RuntimeError(
             f'The weights of {name} should be at {WEIGHTS_DIR / entries()[name]["file"]} and are not: reinstall '

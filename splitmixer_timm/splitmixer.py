@@ -167,11 +167,11 @@ def is_watched(module: nn.Module) -> bool:
 
 
 def _is_pointwise(conv: nn.Module, size: int) -> bool:
-    """ Whether a module is a plain pointwise convolution of as many channels."""
+    """ Whether a module is a plain pointwise convolution of as many channels, that nobody hooked on to."""
     return (
         type(conv) is nn.Conv2d and conv.bias is not None and conv.in_channels == conv.out_channels == size
         and conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
-        and 'forward' not in conv.__dict__)
+        and not is_watched(conv))
 
 
 # Branches on where and how a tensor lies in memory are functions that torch.fx takes as a whole.
@@ -367,7 +367,7 @@ class SharedSegmentMixing(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
             # who looks on would see all segments as a batch of more, or of wider, images
-            if not _is_pointwise(self.conv, self.segment_dim) or _is_everything_watched() or is_watched(self.conv):
+            if _is_everything_watched() or not _is_pointwise(self.conv, self.segment_dim):
                 return torch.cat([self.conv(segment) for segment in x.chunk(self.num_segments, dim=1)], dim=1)
         return _unpack_segments(self.conv(_pack_segments(x, self.num_segments)), x)
 
@@ -384,8 +384,7 @@ class SeparateSegmentMixing(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
             # the weights of several at once are one convolution, that calls none of them
-            if _is_everything_watched() or not all(
-                    _is_pointwise(conv, size) and not is_watched(conv) for conv, size in zip(self.convs, self.sizes)):
+            if _is_everything_watched() or not all(map(_is_pointwise, self.convs, self.sizes)):
                 segments = x.split(self.sizes, dim=1)
                 return torch.cat([conv(segments[i]) for i, conv in enumerate(self.convs)], dim=1)
         weights: List[torch.Tensor] = []

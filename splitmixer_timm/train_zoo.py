@@ -39,7 +39,7 @@ from .add_run import (
     ELAPSED,
     SEEN,
     add_runs,
-    check_classes,
+    check_images,
     checked_name,
     count_images,
     latest_part,
@@ -582,7 +582,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             if not (args.data_dir / dataset / split).is_dir():
                 parser.error(f'--data-dir must have image folders {dataset}/{split}, {args.data_dir} has not')
             try:
-                check_classes(args.data_dir / dataset / split, dataset)
+                check_images(args.data_dir / dataset / split, dataset)
             except ValueError as e:
                 parser.error(f'--data-dir: {e}')
     signal.signal(signal.SIGTERM, _end)

@@ -158,9 +158,9 @@ def test_ceilings_of_another_day(run, tmp_path, monkeypatch):
     monkeypatch.setattr(roofline, 'measure_ceilings', lambda device, dtype: dict(copy=1e10, operations=5e10))
     assert run('--models', 'splitmixer_ii_256_8_ks7_p7')[0] == 0
     monkeypatch.setattr(report, 'RESULTS_DIR', tmp_path)
-    one, other = 'opy 1.0 GB/s, matrix product 10 GFLOP/s', 'opy 10.0 GB/s, matrix product 50 GFLOP/s'
+    one, other = 'Copy 1.0 GB/s, matrix product 10 GFLOP/s', 'Copy 10.0 GB/s, matrix product 50 GFLOP/s'
     text = report.roofline_tables()
-    assert f'C{one}; of others c{other}. ' in text or f'C{other}; of others c{one}. ' in text
+    assert f'{one} / {other}. ' in text or f'{other} / {one}. ' in text
 
 
 def test_failing_model(run, tmp_path, monkeypatch):
