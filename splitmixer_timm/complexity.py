@@ -1,11 +1,12 @@
 """ Parameters and operations of a model, counted the paper's way, and the memory its activations take. """
-import copy
 from dataclasses import dataclass
 from typing import Dict, Tuple
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from .splitmixer import copy_model
 
 __all__ = ['Complexity', 'measure_activation_bytes', 'measure_complexity']
 
@@ -35,7 +36,7 @@ def measure_complexity(model: nn.Module, input_size: Tuple[int, int, int]) -> Co
     Returns:
         Counts for one image.
     """
-    model = copy.deepcopy(model).to('meta').eval()
+    model = copy_model(model).to('meta').eval()
     other = 0
 
     def count_norm(module: nn.Module, args: Tuple[torch.Tensor], output: torch.Tensor) -> None:
@@ -70,7 +71,7 @@ def measure_activation_bytes(model: nn.Module, input_size: Tuple[int, int, int])
         model: Model on any device, in the data type to count in; it is not changed and nothing is computed.
         input_size: Channels, height and width of the image.
     """
-    model = copy.deepcopy(model).to('meta').train()
+    model = copy_model(model).to('meta').train()
 
     def kept(batch_size: int) -> int:
         storages: Dict[int, torch.UntypedStorage] = {}  # a tensor is often kept by two operations, in memory once

@@ -18,7 +18,10 @@ from .splitmixer import (
     SplitMixerBlock,
 )
 
-__all__ = ['FusedModel', 'Product', 'Unsupported', 'activation', 'check_supported', 'fold_affine', 'segments']
+__all__ = [
+    'FusedModel', 'Product', 'Unsupported', 'activation', 'check_conv', 'check_supported', 'fold_affine', 'products',
+    'segments',
+]
 
 # Types of the parts that the fused forms know; what is of another type may compute something else.
 STEMS = [nn.Sequential]
@@ -123,7 +126,12 @@ def _check_children(name: str, module: nn.Module, *allowed: Sequence[str]) -> No
         raise Unsupported(f'{type(module).__name__} of {", ".join(children)} at {name}')
 
 
-def _check_conv(name: str, conv: nn.Module, is_depthwise: bool = False, **expected: Any) -> None:
+def check_conv(name: str, conv: nn.Module, is_depthwise: bool = False, **expected: Any) -> None:
+    """ Check that a module is a convolution with biases and these attributes, and else as it is made here.
+
+    Raises:
+        Unsupported: If it is not.
+    """
     _check_type(name, conv, (nn.Conv2d, AxisConv2d))
     groups = conv.out_channels if is_depthwise else 1
     expected = dict(expected, groups=groups, dilation=(1, 1), padding_mode='zeros')
@@ -145,7 +153,7 @@ def _check_mixer(name: str, mixer: nn.Module) -> None:
     _check_type(name, mixer, MIXERS)
     _check_children(name, mixer, ['convs'] if type(mixer) is SeparateSegmentMixing else ['conv'])
     for conv in getattr(mixer, 'convs', None) or [mixer.conv]:
-        _check_conv(name, conv, kernel_size=(1, 1), stride=(1, 1), padding=(0, 0))
+        check_conv(name, conv, kernel_size=(1, 1), stride=(1, 1), padding=(0, 0))
 
 
 def check_supported(model: SplitMixer) -> None:
@@ -163,7 +171,7 @@ def check_supported(model: SplitMixer) -> None:
     _check_children('stem', model.stem, '012')
     conv, act, norm = model.stem
     _check_type('stem.0', conv, [nn.Conv2d])
-    _check_conv('stem.0', conv, padding=(0, 0), kernel_size=conv.kernel_size[:1] * 2, stride=conv.stride[:1] * 2)
+    check_conv('stem.0', conv, padding=(0, 0), kernel_size=conv.kernel_size[:1] * 2, stride=conv.stride[:1] * 2)
     _check_act_norm('stem', act, norm)
     first, second = ['conv1', 'act1', 'norm1'], ['conv2', 'act2', 'norm2']
     _check_type('blocks', model.blocks, [nn.Sequential])
@@ -182,7 +190,7 @@ def check_supported(model: SplitMixer) -> None:
             _check_children(f'{name}.spatial_mixing', spatial, first, [*first, *second])
             for n in range(1, len(spatial) // 3 + 1):
                 conv, act, norm = (getattr(spatial, f'{part}{n}') for part in ('conv', 'act', 'norm'))
-                _check_conv(f'{name}.spatial_mixing', conv, is_depthwise=True, stride=(1, 1), padding='same')
+                check_conv(f'{name}.spatial_mixing', conv, is_depthwise=True, stride=(1, 1), padding='same')
                 _check_act_norm(f'{name}.spatial_mixing', act, norm)
             if hasattr(spatial, 'conv2'):
                 size = spatial.conv1.kernel_size[1]
@@ -223,9 +231,8 @@ class FusedModel(nn.Module):
         for name in ('pretrained_cfg', 'default_cfg'):
             if hasattr(model, name):
                 setattr(self, name, copy.deepcopy(getattr(model, name)))
-        self.global_pool = copy.deepcopy(model.global_pool)
-        self.head_drop = copy.deepcopy(model.head_drop)
-        self.head = copy.deepcopy(model.head).to(dtype).requires_grad_(False)
+        for name in ('global_pool', 'head_drop', 'head'):
+            setattr(self, name, copy.deepcopy(getattr(model, name)).to(dtype).requires_grad_(False))
         super().train(False)
 
     forward_head = SplitMixer.forward_head

@@ -9,16 +9,19 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 
 import torch
 import torch.nn.functional as F
+from timm.layers import SelectAdaptivePool2d
 from torch import nn
 
 from .fused import FusedModel, Product, Unsupported, activation, check_supported, fold_affine, segments
 from .machine import has_bfloat16
-from .splitmixer import PIECE_BYTES, SplitMixer, SplitMixerBlock
+from .splitmixer import PIECE_BYTES, SplitMixer, SplitMixerBlock, is_watched
 
 __all__ = ['FusedSplitMixer', 'build']
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 
+# types of pooling, dropout and classifier that take each image for itself
+ROW_WISE = (SelectAdaptivePool2d, nn.Dropout, nn.Linear, nn.Identity)
 _IN_PLACE = {None: lambda x: x, 'gelu': torch.ops.aten.gelu_.default, 'relu': torch.ops.aten.relu_.default}
 # attributes of oneDNN's operations for what they do last
 _LAST = {None: ('none', (), ''), 'gelu': ('gelu', (), 'none'), 'relu': ('relu', (), '')}
@@ -403,6 +406,9 @@ class FusedSplitMixer(FusedModel):
     @torch.no_grad()
     @torch.autocast('cpu', enabled=False)
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = (self.global_pool, self.head_drop, self.head)
+        if any(type(part) not in ROW_WISE or is_watched(part) for part in parts):  # it may want the whole batch at once
+            return self.forward_head(self.forward_features(x))
         logits = [self.forward_head(features) for features in self._pieces(x)]
         return logits[0] if len(logits) == 1 else torch.cat(logits)
 

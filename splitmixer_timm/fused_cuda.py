@@ -5,6 +5,7 @@ from typing import Any, Dict, List, Tuple
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from .fused import FusedModel, Unsupported, activation, check_supported, fold_affine, segments
 from .splitmixer import SplitMixer, SplitMixerBlock
@@ -210,11 +211,12 @@ class FusedSplitMixer(FusedModel):
             self._done.wait()  # for the last call, which may have been on another stream
             static_x.copy_(x)
             graph.replay()
-            y = y.clone()
+            y = tree_map_only(torch.Tensor, torch.clone, y)  # of a classifier of the user's it may be several
             self._done.record()
             return y
 
 
+@torch.inference_mode(False)  # tensors of inference mode could not be loaded into outside of it
 def build(model: SplitMixer, dtype: torch.dtype) -> FusedSplitMixer:
     """ Fused form of a model in eval mode on a CUDA device; the model stays as it is.
 

@@ -1,5 +1,4 @@
 """ A model made ready for deployment. """
-import copy
 import warnings
 from typing import Optional, Tuple
 
@@ -8,7 +7,7 @@ from torch import nn
 
 from . import fused_cpu
 from .fused import Unsupported
-from .splitmixer import SplitMixer
+from .splitmixer import SplitMixer, copy_model
 
 __all__ = ['optimize_for_inference']
 
@@ -82,6 +81,6 @@ def optimize_for_inference(model: SplitMixer, *, dtype: Optional[torch.dtype] = 
         return fused
     except Unsupported as e:
         warnings.warn(f'optimize_for_inference has no faster form for {e}: the model is copied as it is.', stacklevel=2)
-    fallback = copy.deepcopy(model).to(dtype).requires_grad_(False)
+    fallback = copy_model(model).to(dtype).requires_grad_(False)
     fallback.stem.register_forward_pre_hook(_cast_images)
     return fallback

@@ -368,7 +368,7 @@ def pack_channels(
 
 def pack_patches(conv: nn.Conv2d, dtype: torch.dtype) -> torch.Tensor:
     """ Weights (in_chans * kernel height * width, outputs) of a patch embedding."""
-    return conv.weight.detach().flatten(1).T.to(dtype).contiguous()
+    return conv.weight.detach().flatten(1).T.to(dtype).clone(memory_format=torch.contiguous_format)
 
 
 def spatial_mixing(

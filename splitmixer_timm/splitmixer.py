@@ -8,11 +8,13 @@ Paper: `SplitMixer: Fat Trimmed From MLP-like Models` - https://arxiv.org/abs/22
 Written from the paper. The one departure from its wording is the 3D channel mixing: a 3D convolution whose kernel
 spans only channels is a pointwise convolution shared by the segments it slides over, and is computed as one.
 """
+import copy
 import inspect
 import math
 import operator
 from collections import OrderedDict
 from functools import partial
+from types import FunctionType
 from typing import Any, Callable, Dict, List, Optional, Tuple, Type, Union
 
 import torch
@@ -113,7 +115,7 @@ def resolve_act_layer(act_layer: Union[str, Callable[..., nn.Module]]) -> Callab
         layer = get_act_layer(act_layer)
     except KeyError:
         layer = None
-    if not callable(layer):
+    if not callable(layer) or isinstance(layer, nn.Module):
         raise ValueError(
             f"act_layer must be a module class or the name of one of timm's activations ('gelu', 'relu', 'silu', "
             f"'hard_swish', ...), got {act_layer!r}.")
@@ -122,7 +124,7 @@ def resolve_act_layer(act_layer: Union[str, Callable[..., nn.Module]]) -> Callab
 
 def _resolve_norm_layer(norm_layer: Union[str, Callable[..., nn.Module]]) -> Callable[..., nn.Module]:
     if not isinstance(norm_layer, str):
-        if not callable(norm_layer):
+        if not isinstance(norm_layer, (type, FunctionType, partial)):  # as timm has it
             raise ValueError(f'norm_layer must be a module class or a name, got {norm_layer!r}.')
         layer = norm_layer
         while isinstance(layer, partial):
@@ -164,6 +166,14 @@ def is_watched(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
         or 'forward' in module.__dict__)
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """ Deep copy of a model, weights that hooks compute from others (pruning, weight norm) as they are now."""
+    computed = [
+        tensor for module in model.modules() for tensor in vars(module).values()
+        if isinstance(tensor, torch.Tensor) and not tensor.is_leaf]
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})
 
 
 def _is_pointwise(conv: nn.Module, size: int) -> bool:
@@ -367,9 +377,9 @@ class SharedSegmentMixing(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
             # who looks on would see all segments as a batch of more, or of wider, images
-            if _is_everything_watched() or not _is_pointwise(self.conv, self.segment_dim):
-                return torch.cat([self.conv(segment) for segment in x.chunk(self.num_segments, dim=1)], dim=1)
-        return _unpack_segments(self.conv(_pack_segments(x, self.num_segments)), x)
+            if _is_pointwise(self.conv, self.segment_dim) and not _is_everything_watched():
+                return _unpack_segments(self.conv(_pack_segments(x, self.num_segments)), x)
+        return torch.cat([self.conv(segment) for segment in x.chunk(self.num_segments, dim=1)], dim=1)
 
 
 class SeparateSegmentMixing(nn.Module):
@@ -384,17 +394,14 @@ class SeparateSegmentMixing(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
             # the weights of several at once are one convolution, that calls none of them
-            if _is_everything_watched() or not all(map(_is_pointwise, self.convs, self.sizes)):
-                segments = x.split(self.sizes, dim=1)
-                return torch.cat([conv(segments[i]) for i, conv in enumerate(self.convs)], dim=1)
-        weights: List[torch.Tensor] = []
-        biases: List[torch.Tensor] = []
-        for conv in self.convs:
-            bias = conv.bias
-            assert bias is not None  # for TorchScript
-            weights.append(conv.weight)
-            biases.append(bias)
-        return _separate_convs(x, weights, biases, self.sizes)
+            if all(map(_is_pointwise, self.convs, self.sizes)) and not _is_everything_watched():
+                return _separate_convs(
+                    x, [conv.weight for conv in self.convs], [conv.bias for conv in self.convs], self.sizes)
+        segments = x.split(self.sizes, dim=1)
+        maps: List[torch.Tensor] = []
+        for i, conv in enumerate(self.convs):
+            maps.append(conv(segments[i]))
+        return torch.cat(maps, dim=1)
 
 
 class SlidingSegmentMixing(nn.Module):

@@ -1,4 +1,4 @@
-""" Every SplitMixer that is created after the import of this trains by the kernels of `fuse_for_training`.
+""" Every SplitMixer that timm creates after the import of this trains by the kernels of `fuse_for_training`.
 
 For timm's train.py: `--device-modules splitmixer_timm splitmixer_timm.train_fused`.
 """

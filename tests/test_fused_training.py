@@ -11,6 +11,7 @@ from timm.layers import convert_splitbn_model
 from timm.utils import freeze
 from torch import nn
 from torch.autograd import gradcheck
+from torch.nn.utils import prune
 from triton_device import DEVICE, TOLERANCE, compile_kernel, cuda, not_interpreted, run_interpreted, runs_kernels
 
 from splitmixer_timm import SplitMixer, fused_training, optimize_for_inference, training_kernels
@@ -220,7 +221,7 @@ def test_interface():
     """ Names stay, copies are independent, the plain layers run in eval mode and with norms set to it."""
     model = _model()
     fused = fuse_for_training(copy.deepcopy(model))
-    assert fuse_for_training(fused) is fused
+    assert fuse_for_training(fused, DEVICE) is fused
     assert isinstance(fused.stem, FusedStem)
     assert all(isinstance(block, FusedBlock) for block in fused.blocks)
     assert list(fused.state_dict()) == list(model.state_dict())
@@ -251,19 +252,31 @@ def _set_norms(model, **values):
     return model
 
 
+def _set(module, model, **values):
+    for name, value in values.items():
+        setattr(module, name, value)
+    return model
+
+
 @runs_kernels
 @pytest.mark.parametrize('change', [
     lambda model: convert_splitbn_model(model, 2),
     lambda model: (freeze(model, ['stem', 'blocks.0']), model)[1],
     lambda model: _set_norms(model, track_running_stats=False),
-], ids=['split', 'frozen', 'untracked'])
-def test_norms_changed_later(change):
-    """ As train.py changes them after it made the model: the kernels have no such norms, the plain layers run."""
+    lambda model: (prune.l1_unstructured(model.blocks[0].spatial_mixing.conv1, 'weight', .5), model)[1],
+    lambda model: _set(model.blocks[0].spatial_mixing.conv2, model, padding_mode='circular'),
+    lambda model: _set(model.blocks[0].spatial_mixing.conv1, model, bias=None),
+    lambda model: _set(model.blocks[1].spatial_mixing, model, act2=nn.ReLU()),
+    lambda model: _set(model.stem, model, **{'1': nn.SiLU()}),
+], ids=['split', 'frozen', 'untracked', 'pruned', 'circular', 'no bias', 'two activations', 'activation'])
+def test_layers_changed_later(change):
+    """ As train.py and users change them after the model was made: the kernels have none such, the plain layers run."""
     model = _model(depth=2)
     fused = change(fuse_for_training(copy.deepcopy(model)))
     model = change(model)
     x = torch.randn(4, 3, 6, 6, device=DEVICE)
-    (y, grads), (expected, expected_grads) = _step(fused, x), _step(model, x)
+    for _ in range(2):
+        (y, grads), (expected, expected_grads) = _step(fused, x), _step(model, x)
     torch.testing.assert_close(y, expected, rtol=TOLERANCE, atol=TOLERANCE)
     for ours, plain in zip(grads, expected_grads):
         assert (ours is None) == (plain is None)
@@ -302,8 +315,12 @@ def test_convolution_replaced_later():
     fused = fuse_for_training(_model())
     mixer = fused.blocks[0].channel_mixing.mixer
     mixer.conv = Adapted(mixer.conv)
-    _step(fused, torch.randn(2, 3, 6, 6, device=DEVICE), torch.bfloat16)
+    x = torch.randn(2, 3, 6, 6, device=DEVICE)
+    _step(fused, x, torch.bfloat16)
     assert mixer.conv.adapter.weight.grad.abs().sum() > 0
+    mixer.conv = nn.Conv2d(*mixer.conv.weight.shape[:2], 1, bias=False, device=DEVICE)
+    _step(fused, x, torch.bfloat16)
+    assert mixer.conv.weight.grad.abs().sum() > 0
 
 
 @runs_kernels
@@ -327,7 +344,7 @@ def test_without_triton():
 import sys
 sys.modules['triton'] = None
 import torch
-from splitmixer_timm import SplitMixer, fuse_for_training
+from splitmixer_timm import SplitMixer, fuse_for_training, fused_training
 from splitmixer_timm.fused import Unsupported
 from splitmixer_timm.fused_training import FusedBlock, FusedStem
 model = SplitMixer(8, 1)
@@ -340,6 +357,7 @@ else:
 x = torch.randn(2, 3, 8, 8)
 y = model(x)
 model.stem.__class__, model.blocks[0].__class__ = FusedStem, FusedBlock
+fused_training._INTERPRETED = True  # on a GPU too
 assert torch.equal(model(x), y)
 """
     run = subprocess.run([sys.executable, '-c', script], env=environment(), capture_output=True, text=True)

@@ -15,6 +15,7 @@ import torch
 from conftest import KINDS, SPLITMIXERS
 from reference import randomize
 from torch import nn
+from torch.nn.utils import prune
 
 from splitmixer_timm import SplitMixer, fused_cpu, optimize_for_inference
 from splitmixer_timm.fused_cpu import FusedSplitMixer
@@ -374,6 +375,13 @@ def hooked():
     return model
 
 
+def pruned():
+    model = build()
+    prune.l1_unstructured(model.blocks[0].channel_mixing.mixer.conv, 'weight', 0.5)
+    assert not model.blocks[0].channel_mixing.mixer.conv.weight.is_leaf
+    return model
+
+
 def without(part, **kwargs):
     """ A mixing is taken out, its residual stays."""
     model = build(**kwargs)
@@ -415,6 +423,20 @@ class Gate(nn.Module):
 
     def forward(self, x):
         return x * self.conv(x.mean((2, 3), keepdim=True)).sigmoid()
+
+
+class Similarities(nn.Module):
+    def forward(self, x):
+        return x @ x.T, x.norm(dim=1)
+
+
+class PowerMean(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.power = nn.Parameter(torch.tensor(3.))
+
+    def forward(self, x):
+        return x.clamp(min=0.01).pow(self.power).mean((2, 3)).pow(1 / self.power)
 
 
 class OwnHead(SplitMixer):
@@ -516,6 +538,31 @@ class TestCustomised:
         assert isinstance(fused, FusedSplitMixer)
         assert difference(fused, model, images) < 1e-5
 
+    def test_classifier_that_sees_the_batch(self, images, monkeypatch):
+        """ And gives no tensor; what hooks on to it sees the batch as well, not the pieces that blocks take."""
+        monkeypatch.setattr(fused_cpu, 'PIECE_BYTES', 1)
+        model = build()
+        fused, seen = optimize_for_inference(model), []
+        fused.global_pool.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+        assert difference(fused, model, images) < 1e-5
+        assert len(list(fused._pieces(images))) == len(images) == seen[0] > 1
+        model.head = Similarities().eval()
+        similarities, norms = optimize_for_inference(model)(images)
+        torch.testing.assert_close(similarities, model(images)[0])
+        torch.testing.assert_close(norms, model(images)[1])
+
+    def test_own_pooling(self, images, bfloat16):
+        """ Its parameters are frozen and cast as all others."""
+        model = build()
+        model.global_pool = PowerMean()
+        fused = optimize_for_inference(model.eval())
+        assert isinstance(fused, FusedSplitMixer)
+        assert difference(fused, model, images) < 1e-5
+        assert not any(p.requires_grad for p in fused.parameters())
+        half = optimize_for_inference(model, dtype=torch.bfloat16)
+        assert half.global_pool.power.dtype == torch.bfloat16
+        assert difference(half, model, images) < 0.05
+
 
 class TestFallback:
     @pytest.mark.parametrize(('make', 'dtype', 'reason'), [
@@ -525,6 +572,7 @@ class TestFallback:
         (lambda: build(act_layer=lambda: nn.GELU(approximate='tanh')), None, 'activation GELU'),
         (build, torch.float64, 'torch.float64 on a CPU'),
         (hooked, None, r'a forward hook on blocks\.0'),
+        (pruned, None, r'a forward hook on blocks\.0\.channel_mixing\.mixer\.conv'),
     ])
     def test_plain_copy_and_one_warning(self, make, dtype, reason, images):
         model = make()

@@ -134,6 +134,26 @@ def test_packing():
 
 
 @runs_kernels
+def test_weights_are_copies():
+    """ Of a patch of one pixel and channel as well, whose weights lie as the kernel wants them."""
+    model = _model(patch_size=1, in_chans=1)
+    fused = fused_cuda.build(model, torch.float32)
+    ours, theirs = ({t.data_ptr() for t in (*m.parameters(), *m.buffers())} for m in (fused, model))
+    assert not ours & theirs
+
+
+@runs_kernels
+def test_made_in_inference_mode():
+    """ Weights can be loaded into it outside."""
+    with torch.inference_mode():
+        fused = fused_cuda.build(_model(), torch.float32)
+    other = fused_cuda.build(_model(), torch.float32)
+    fused.load_state_dict(other.state_dict())
+    x = torch.randn(1, 3, 6, 7, device=DEVICE)
+    assert torch.equal(fused(x), other(x))
+
+
+@runs_kernels
 def test_copies():
     """ The model stays as it is, its fused form can be copied, pickled and moved, but neither cast nor trained."""
     model, x = _model(), torch.randn(1, 3, 6, 7, device=DEVICE)
@@ -337,6 +357,25 @@ def test_new_weights_on_gpu(assign):
     assert torch.equal(fused(x), other(x))
     fused.head = torch.nn.Linear(24, 3, device='cuda')
     assert fused(x).shape == (1, 3)
+
+
+@pytest.mark.parametrize('classes', [pytest.param(3, marks=cuda)])
+def test_classifier_of_several_outputs_on_gpu(classes):
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = (torch.nn.Linear(24, classes) for _ in range(2))
+
+        def forward(self, x):
+            return dict(one=self.one(x), other=self.other(x))
+
+    model = _model()
+    model.head = Two().to('cuda').eval()
+    fused = fused_cuda.build(model, torch.float32)
+    images = torch.randn(2, 1, 3, 12, 12, device='cuda')
+    for y, x in zip([fused(x) for x in images], images):
+        assert y.keys() == {'one', 'other'}
+        _assert_close(y['other'], model(x)['other'], TOLERANCE)
 
 
 @pytest.mark.parametrize('streams', [pytest.param(2, marks=cuda)])

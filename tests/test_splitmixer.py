@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from splitmixer_timm import SplitMixer, checkpoint_filter_fn, splitmixer
-from splitmixer_timm.complexity import measure_complexity
+from splitmixer_timm.complexity import measure_activation_bytes, measure_complexity
 
 
 def assert_same(model, expected, images):
@@ -270,6 +270,16 @@ class TestPaperFigures:
         assert model.training
         assert next(model.parameters()).device.type == 'cpu'
         assert not any(m._forward_hooks for m in model.modules())
+
+    def test_pruned(self):
+        """ Weights that a hook makes of others at each call are no leaves, and cannot be copied as they are."""
+        model = SplitMixer(16, 1)
+        before = measure_complexity(model, (3, 8, 8)), measure_activation_bytes(model, (3, 8, 8))
+        prune.l1_unstructured(model.blocks[0].channel_mixing.mixer.conv, 'weight', 0.5)
+        model(torch.randn(2, 3, 8, 8))
+        assert not model.blocks[0].channel_mixing.mixer.conv.weight.is_leaf
+        assert measure_complexity(model, (3, 8, 8)) == before[0]
+        assert measure_activation_bytes(model, (3, 8, 8)) >= before[1]
 
 
 class TestOptions:
@@ -562,6 +572,20 @@ class TestMemoryFormat:
         for name, buffer in buffers.items():
             torch.testing.assert_close(buffer, theirs[name])
 
+    @pytest.mark.parametrize('kind', ['iii', 'iv'])
+    def test_replaced_in_script(self, kind):
+        """ Segments that are convolved as one are so only by what they were made with."""
+        model = SplitMixer(24, 1, channel_mixing=kind).eval()
+        mixer = model.blocks[0].channel_mixing.mixer
+        for n in range(2):
+            conv = nn.Conv2d(12, 12, 3, padding=1, padding_mode='reflect')
+            if kind == 'iii':
+                mixer.conv = conv
+            else:
+                mixer.convs[n] = conv
+        images = torch.randn(2, 3, 16, 16)
+        torch.testing.assert_close(torch.jit.script(model)(images), model(images))
+
     @pytest.mark.parametrize('change', [dict(padding_mode='circular'), dict(dilation=(1, 2)), dict(padding=(0, 1))])
     def test_changed_rows_in_train_mode(self, change):
         """ A convolution that was changed in place is what it was changed to in train mode as well."""
@@ -700,6 +724,8 @@ class TestBadInput:
         (dict(norm_layer=partial(RmsNorm, eps=1e-5)), ('norm_layer', 'RmsNorm', "'rmsnorm2d'")),
         (dict(act_layer='nonact'), ('act_layer', "'nonact'", "'gelu'")),
         (dict(act_layer=7), ('act_layer', '7')),
+        (dict(act_layer=nn.SiLU()), ('act_layer', 'SiLU()')),
+        (dict(norm_layer=nn.Identity()), ('norm_layer', 'Identity()')),
         (dict(depth=0), ('depth', '0', 'at least 1')),
         (dict(dim=0), ('dim', '0', 'at least 1')),
         (dict(dim=-3), ('dim', '-3')),
