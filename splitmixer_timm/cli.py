@@ -138,8 +138,6 @@ def _predict(args: argparse.Namespace) -> int:
     except Exception as e:  # whatever a model from elsewhere has amiss (its config, its file, its place)
         raise CommandError(f'cannot load {model_name}: {e or type(e).__name__}') from e
 
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors='backslashreplace')  # file names that are not text, as standard error shows them
     failures = 0
     answers: List[Dict[str, Any]] = []
     results = classify(classifier, sources, args.topk, args.batch_size)
@@ -222,7 +220,7 @@ def _release(args: argparse.Namespace):
 
     path = Path(args.model)
     try:
-        labels = args.label_names.read_text(encoding='utf-8').splitlines() if args.label_names else None
+        labels = args.label_names.read_text(encoding='utf-8-sig').splitlines() if args.label_names else None
     except (OSError, UnicodeDecodeError) as e:
         reason = getattr(e, 'strerror', None) or e
         raise CommandError(f'--label-names: {args.label_names} cannot be read: {reason}') from e
@@ -511,6 +509,9 @@ def main(argv: Optional[List[str]] = None) -> int:
         Exit status: 0 for success, 1 where a part of the work failed, 2 for a request that cannot be met.
     """
     args = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # what its encoding does not have (an alpha, a file name that is no text) as standard error shows it
+        sys.stdout.reconfigure(errors='backslashreplace')
     try:
         status = args.run(args)
         sys.stdout.flush()

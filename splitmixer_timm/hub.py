@@ -12,6 +12,7 @@ import tempfile
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
@@ -41,7 +42,16 @@ from . import __version__, manifest
 from .card import DATASETS, merge_cards, model_card
 from .hub_errors import HubError, TransportError, checked_token, explained, within
 from .paper import top1 as paper_top1
-from .runs import checkpoint_epoch, is_local_dataset, public_args, read_args, read_summary, sorted_classes
+from .runs import (
+    HUB_SCHEMES,
+    checkpoint_epoch,
+    is_local_dataset,
+    public_args,
+    read_args,
+    read_summary,
+    sorted_classes,
+    split_dataset,
+)
 from .splitmixer import _NORM_LAYERS, SplitMixer
 
 __all__ = ['HubError', 'Release', 'pull_from_hub', 'push_to_hub']
@@ -79,17 +89,19 @@ def _checked_metrics(metrics: Optional[Dict[str, Any]]) -> Dict[str, Any]:
     metrics = dict(metrics or {})
     for key, value in metrics.items():
         if key in _METRICS:
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 100:
+            if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 100:
                 raise ValueError(f'metrics[{key!r}] must be a number from 0 to 100 (percent), got {value!r}.')
+            metrics[key] = float(value)  # YAML knows no numbers of NumPy's
         elif key == 'images':
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"metrics['images'] must be a number of images, got {value!r}.")
+            metrics[key] = int(value)
         elif key in ('split', 'measured_by'):
             if not isinstance(value, str):
                 raise ValueError(f'metrics[{key!r}] must be text, got {value!r}.')
         elif key == 'seeds':
             if not isinstance(value, dict) or len(value) < 2 or \
-                    not all(isinstance(v, (int, float)) for v in value.values()):
+                    not all(isinstance(v, Real) for v in value.values()):
                 raise ValueError(f"metrics['seeds'] must map two seeds or more to their top-1, got {value!r}.")
         else:
             raise ValueError(
@@ -317,8 +329,8 @@ def _describe(model: nn.Module, **given) -> Release:
 
 def _dataset_of(name: str) -> Optional[str]:
     """ Data set behind train.py's `--dataset`, None for folders and unknown ones."""
-    scheme, _, rest = name.partition('/')
-    if scheme == 'hfds':
+    scheme, rest = split_dataset(name)
+    if scheme in HUB_SCHEMES:
         if is_local_dataset(name):
             return None
         return next((key for key, data in DATASETS.items() if data.hub_id == rest), rest)
@@ -327,7 +339,7 @@ def _dataset_of(name: str) -> Optional[str]:
 
 def _measured_split(dataset: str, split: str) -> Tuple[str, str]:
     """ What train.py's `--dataset` and `--val-split` make it measure on: the split's name, and what to call it."""
-    if dataset.startswith('torch/') and _dataset_of(dataset):  # of torchvision's, which have these two and no other
+    if split_dataset(dataset)[0] == 'torch' and _dataset_of(dataset):  # torchvision has these two of it and no other
         return ('train', 'the official train split') if split in _TRAIN_SYNONYM else ('test', 'the official test set')
     return split, f'its {split} split'
 
@@ -379,7 +391,7 @@ def run_release(
     name = str(args.get('dataset') or '')
     known = _dataset_of(name)
     root = args.get('data_dir') or args.get('data')
-    if label_names is None and known in DATASETS and not name.startswith('hfds/'):
+    if label_names is None and known in DATASETS and split_dataset(name)[0] not in HUB_SCHEMES:
         label_names = manifest.label_names(known)
     elif label_names is None and not name and root:
         label_names = _class_folders(root, args, model.num_classes)
@@ -688,6 +700,8 @@ def pull_to_folder(
         for name in names:
             shutil.copyfile(cached / name, temporary / name)
         temporary.chmod(0o755)
+        if folder.is_dir():
+            folder.rmdir()  # Windows replaces no folder, not even an empty one
         temporary.replace(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -17,6 +17,7 @@ PATH_ARGS = {
     'resume': '<RESUME>', 'initial_checkpoint': '<CHECKPOINT>', 'pretrained_path': '<CHECKPOINT>',
     'class_map': '<CLASS_MAP>',
 }
+HUB_SCHEMES = ('hfds', 'hfids')  # of train.py's `--dataset`: Hugging Face datasets, whole or streamed
 # what may differ between the parts of a run, and between its seeds: mixed precision is as the device has it, and how
 # often it is measured changes no weight
 LOCAL_ARGS = {'data', 'data_dir', 'output', 'device', 'workers', 'amp', 'amp_dtype', 'val_interval'}
@@ -82,16 +83,24 @@ def public_args(run_args: Dict[str, Any]) -> Dict[str, Any]:
     """ Arguments of a run with placeholders for places on the machine it ran on."""
     public = {key: PATH_ARGS[key] if key in PATH_ARGS and value else value for key, value in run_args.items()}
     if is_local_dataset(public.get('dataset')):
-        public['dataset'] = 'hfds/<DATA_DIR>'
-    if str(public.get('model')).lower().startswith('local-dir:'):
-        public['model'] = 'local-dir:<MODEL_DIR>'
+        public['dataset'] = f'{split_dataset(public["dataset"])[0]}/<DATA_DIR>'
+    for key in ('model', 'kd_model_name'):
+        if str(public.get(key)).lower().startswith('local-dir:'):
+            public[key] = 'local-dir:<MODEL_DIR>'
     return public
+
+
+def split_dataset(dataset: Any) -> Tuple[str, str]:
+    """ Scheme and name of train.py's `--dataset`, as timm reads them; a folder has no scheme."""
+    scheme, slash, name = str(dataset or '').partition('/')
+    scheme = scheme.lower() if slash else ''
+    return scheme, name.lower() if scheme == 'torch' else name
 
 
 def is_local_dataset(dataset: Any) -> bool:
     """ Whether train.py's `--dataset` names a folder of this machine by way of Hugging Face datasets."""
-    scheme, _, place = str(dataset or '').partition('/')
-    return scheme == 'hfds' and (place.startswith(('/', '.', '~')) or Path(place).is_absolute())
+    scheme, place = split_dataset(dataset)
+    return scheme in HUB_SCHEMES and (place.startswith(('/', '.', '~')) or Path(place).is_absolute())
 
 
 def read_summary(run_dir: Path) -> List[Dict[str, str]]:

@@ -1,5 +1,6 @@
 """ Throughput: the protocols, what is kept of a run, the command, the tables and pictures. """
 import csv
+import io
 import json
 import os
 import platform
@@ -497,7 +498,7 @@ class TestNvml:
 class TestCommand:
     ARGS = ['benchmark', '--device', 'cpu', '--batch-size', '2', '--img-size', '28', '--batches', '1', '--repeats', '2']
 
-    def test_table_and_picture(self, tmp_path, capsys):
+    def test_table_and_picture(self, tmp_path, capsys, monkeypatch):
         folder = tmp_path / 'new' / 'results'
         models = ['--models', 'splitmixer_i_256_8_ks7_p7', 'convmixer_256_8_ks7_p7', 'resnet18']
         assert cli.main([*self.ARGS, *models, '--results', str(folder)]) == 0
@@ -515,6 +516,11 @@ class TestCommand:
         picture = folder / f'{name}.fp32-contiguous-eager-infer-2-28.png'
         assert benchmark_report.is_drawn(benchmark_report.group(rows)[0], picture)
         assert {path.name for path in folder.iterdir()} == {f'{name}.csv', picture.name}
+
+        # again, of what is kept, on a terminal whose encoding has no alpha
+        monkeypatch.setattr('sys.stdout', io.TextIOWrapper(io.BytesIO(), 'ascii', write_through=True))
+        assert cli.main([*self.ARGS, *models, '--results', str(folder)]) == 0
+        assert '| I, \\u03b1 = 2/3 |' in sys.stdout.buffer.getvalue().decode('ascii')
 
     def test_failures(self, tmp_path, capsys):
         args = [*self.ARGS, '--img-size', '5', '--models', 'convmixer_256_8_ks7_p7', 'mobilenetv3_small_100']

@@ -12,6 +12,7 @@ import traceback
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -170,6 +171,15 @@ class TestRoundTrip:
 
 
 class TestContents:
+    def test_numbers_of_numpy(self, server):
+        metrics = dict(
+            top1=np.mean([0, 101.]), top5=np.float32(99.5), images=np.int64(200), seeds={1: np.float64(50), 2: 51})
+        push_to_hub(create(), REPO, token=TOKEN, metrics=metrics, dataset='cifar10')
+        readme = files(server)['README.md'].decode()
+        result, = yaml.safe_load(readme.split('---')[1])['model-index'][0]['results']
+        assert [metric['value'] for metric in result['metrics']] == [50.5, 99.5]
+        assert '- Measured: 200 images' in readme
+
     def test_files(self, server):
         url = push_to_hub(create(), REPO, token=TOKEN, metrics=dict(top1=50, top5=99.5), dataset='cifar10')
         commit = server.repos[REPO].commits[-1]
@@ -1017,7 +1027,8 @@ class TestCommandLine:
 
     @pytest.mark.parametrize(('dataset', 'hub_id', 'labels'), [
         ('torch/cifar10', 'uoft-cs/cifar10', True), ('hfds/uoft-cs/cifar10', 'uoft-cs/cifar10', False),
-        ('hfds/acme/cifar10', 'acme/cifar10', False)])
+        ('hfds/acme/cifar10', 'acme/cifar10', False), ('torch/CIFAR10', 'uoft-cs/cifar10', True),
+        ('HFiDS/uoft-cs/cifar10', 'uoft-cs/cifar10', False)])
     def test_dataset_of_a_run(self, server, run_dir, dataset, hub_id, labels):
         folder, _ = run_dir
         args = yaml.safe_load((folder / 'args.yaml').read_text())
@@ -1026,7 +1037,7 @@ class TestCommandLine:
         metadata = yaml.safe_load(files(server)['README.md'].decode().split('---')[1])
         assert metadata['datasets'] == [hub_id]
         # torchvision's other split is the test set
-        is_test = dataset == 'torch/cifar10'
+        is_test = dataset in ('torch/cifar10', 'torch/CIFAR10')
         split = metadata['model-index'][0]['results'][0]['dataset']['split']
         assert split == ('test' if is_test else 'validation')
         told = 'the official test set' if is_test else 'its validation split'
@@ -1090,7 +1101,7 @@ class TestCommandLine:
         shutil.rmtree(tmp_path / 'secret-place')
         assert cli.main(['push', str(folder), REPO]) == 0
         assert 'published without class names' in caplog.text
-        (tmp_path / 'labels.txt').write_text('\n'.join('klmnopqrst'))
+        (tmp_path / 'labels.txt').write_text('\n'.join('klmnopqrst'), encoding='utf-8-sig')  # as Windows writes it
         assert cli.main(['push', str(folder), REPO, '--label-names', str(tmp_path / 'labels.txt')]) == 0
         assert json.loads(files(server)['config.json'])['label_names'] == list('klmnopqrst')
 
@@ -1117,12 +1128,17 @@ class TestCommandLine:
         assert 'published without class names' in caplog.text
         assert 'label_names' not in json.loads(files(server)['config.json'])
 
-    def test_local_dataset_is_not_told(self, server, run_dir):
+    @pytest.mark.parametrize(('place', 'told'), [
+        (dict(dataset='hfds//somewhere/secret'), 'hfds/<DATA_DIR>'),
+        (dict(dataset='HFiDS//somewhere/secret'), 'hfids/<DATA_DIR>'),
+        (dict(kd_model_name='local-dir:/somewhere/secret'), 'local-dir:<MODEL_DIR>')])
+    def test_places_are_not_told(self, server, run_dir, place, told):
         folder, _ = run_dir
         args = yaml.safe_load((folder / 'args.yaml').read_text())
-        (folder / 'args.yaml').write_text(yaml.safe_dump({**args, 'dataset': 'hfds//somewhere/secret'}))
+        (folder / 'args.yaml').write_text(yaml.safe_dump({**args, **place}))
         assert cli.main(['push', str(folder), REPO]) == 0
         assert not [name for name, content in files(server).items() if b'/somewhere' in content]
+        assert yaml.safe_load(files(server)['args.yaml'])[next(iter(place))] == told
 
     def test_ema_that_was_not_measured(self, run_dir):
         """ Of an EMA on the CPU train.py keeps the weights and measures the others."""
