@@ -216,7 +216,7 @@ def _read_model(
             config['opt_kwargs'] = {**(config.get('opt_kwargs') or {}), 'fused': True}
         runs.append(Run(name, output / f'{name}-{seed}', config))
     # where a warm-up comes first, train.py's `epochs` are those after it
-    said = {key: value for key, value in args.items() if key not in ('amp', 'amp_dtype')}
+    said = {key: value for key, value in args.items() if key not in ('amp', 'amp_dtype', 'val_interval')}
     if 'epochs' in said and {**base, **args}.get('warmup_prefix'):
         said['epochs'] = f'{said["epochs"]} after {said.pop("warmup_epochs", base["warmup_epochs"])} of warm-up'
     recipe = [item['recipe'], *(f'{key} {value}' for key, value in said.items())]
@@ -424,7 +424,10 @@ def add(model: Model, scripts: Path, data_dir: Path, device: str) -> Optional[Di
     if is_added(model):
         return None
     precisions = list(dict.fromkeys(part for run in model.runs for part in trained_in(run.folder)))
-    recipe = [model.recipe, *([', then '.join(precisions)] if precisions != [RECIPES_PRECISION] else [])]
+    interval = read_args(model.runs[0].folder).get('val_interval', 1)
+    recipe = [
+        model.recipe, *([f'val_interval {interval}'] if interval != 1 else []),
+        *([', then '.join(precisions)] if precisions != [RECIPES_PRECISION] else [])]
     return add_runs(
         model.name, [run.folder for run in model.runs], model.dataset, data_dir / model.dataset, scripts,
         '; '.join(recipe), device=device)
@@ -545,7 +548,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument(
         '--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='default here: %(default)s')
     parser.add_argument('--jobs', type=positive, default=1, help='runs at once (default: %(default)s)')
-    parser.add_argument('--workers', type=int, default=4, help='data loaders a run (default: %(default)s)')
+    parser.add_argument(
+        '--workers', type=int, metavar='N',
+        help='data loaders a run (default: 4, on a CPU none, for those that start later hold a copy of its memory)')
     parser.add_argument(
         '--fused', action='store_true',
         help='train SplitMixers by the kernels of fuse_for_training, where there is CUDA, and all by fused AdamW')
@@ -553,6 +558,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         '--share-images', type=Path, metavar='DIR',
         help='have runs share the augmented images of an epoch, in a folder in memory (150 MB for each of CIFAR)')
     args = parser.parse_args(argv)
+    if args.workers is None:
+        args.workers = 0 if args.device.startswith('cpu') else 4
     if args.workers < 0:
         parser.error(f'--workers must be at least 0, got {args.workers}')
     for script in ('train.py', 'validate.py'):

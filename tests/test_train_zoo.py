@@ -256,6 +256,9 @@ def test_not_every_epoch_measured(zoo, monkeypatch):
     assert zoo.run() == 0
     entries = zoo.entries()
     assert entries[NAME]['training']['epochs'] == 3
+    assert entries[NAME]['training']['recipe'] == (
+        'cifar10; epochs 2 after 1 of warm-up; lr_cycle_limit 1; val_interval 3; '
+        f'{"amp_dtype bfloat16" if has_bfloat16() else "amp False"}')
     # again: it is seen to be finished
     monkeypatch.setattr(manifest, 'load_manifest', lambda: {'models': entries})
     assert zoo.run() == 0
@@ -381,6 +384,15 @@ def test_mixed_precision_on_a_cpu(zoo, monkeypatch, with_bfloat16, queued, expec
     args = yaml.safe_load((manifest.WEIGHTS_DIR / training['args']).read_text())
     assert (args['amp'], args.get('amp_dtype')) == expected
     assert training['recipe'] == f'cifar100; epochs 2 after 1 of warm-up; lr_cycle_limit 1; lr 0.01{said}'
+
+
+@pytest.mark.usefixtures('validated', 'gpu')
+@pytest.mark.parametrize(('device', 'workers'), [('cpu', 0), ('cuda', 4)])
+def test_data_loaders(zoo, device, workers):
+    """ On a CPU one that starts between epochs would double the memory that the run keeps."""
+    del zoo.command[-2:]  # --workers 1
+    assert zoo.run(OTHER, '--device', device) == 0
+    assert yaml.safe_load((zoo.path / 'runs' / f'{OTHER}-42' / 'config.yaml').read_text())['workers'] == workers
 
 
 @pytest.mark.usefixtures('validated', 'gpu')
