@@ -104,6 +104,12 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
+def _escape_output() -> None:
+    """ Show what standard output's encoding does not have (an alpha, a file name that is no text) as errors do."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors='backslashreplace')
+
+
 def _check_device(name: str) -> None:
     from .machine import check_device
 
@@ -138,6 +144,7 @@ def _predict(args: argparse.Namespace) -> int:
     except Exception as e:  # whatever a model from elsewhere has amiss (its config, its file, its place)
         raise CommandError(f'cannot load {model_name}: {e or type(e).__name__}') from e
 
+    _escape_output()
     failures = 0
     answers: List[Dict[str, Any]] = []
     results = classify(classifier, sources, args.topk, args.batch_size)
@@ -365,6 +372,7 @@ def _benchmark(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f'interrupted; what was measured is in {results.path}, the same command goes on', file=sys.stderr)
         raise
+    _escape_output()
     wanted = {settings.key(row)[1:] for settings in requests for row in rows}
     for group in benchmark_report.group(list(results.rows.values())):
         if not any(tuple(row[name] for name in benchmark.KEY[1:]) in wanted for row in group):
@@ -509,9 +517,6 @@ def main(argv: Optional[List[str]] = None) -> int:
         Exit status: 0 for success, 1 where a part of the work failed, 2 for a request that cannot be met.
     """
     args = _parser().parse_args(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # what its encoding does not have (an alpha, a file name that is no text) as standard error shows it
-        sys.stdout.reconfigure(errors='backslashreplace')
     try:
         status = args.run(args)
         sys.stdout.flush()

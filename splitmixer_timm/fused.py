@@ -19,8 +19,8 @@ from .splitmixer import (
 )
 
 __all__ = [
-    'FusedModel', 'Product', 'Unsupported', 'activation', 'check_conv', 'check_supported', 'fold_affine', 'products',
-    'segments',
+    'FusedModel', 'Product', 'Unsupported', 'activation', 'check_channel', 'check_mixer', 'check_spatial', 'check_stem',
+    'check_supported', 'fold_affine', 'products', 'segments',
 ]
 
 # Types of the parts that the fused forms know; what is of another type may compute something else.
@@ -126,12 +126,7 @@ def _check_children(name: str, module: nn.Module, *allowed: Sequence[str]) -> No
         raise Unsupported(f'{type(module).__name__} of {", ".join(children)} at {name}')
 
 
-def check_conv(name: str, conv: nn.Module, is_depthwise: bool = False, **expected: Any) -> None:
-    """ Check that a module is a convolution with biases and these attributes, and else as it is made here.
-
-    Raises:
-        Unsupported: If it is not.
-    """
+def _check_conv(name: str, conv: nn.Module, is_depthwise: bool = False, **expected: Any) -> None:
     _check_type(name, conv, (nn.Conv2d, AxisConv2d))
     groups = conv.out_channels if is_depthwise else 1
     expected = dict(expected, groups=groups, dilation=(1, 1), padding_mode='zeros')
@@ -145,15 +140,63 @@ def _check_act_norm(name: str, act: nn.Module, norm: nn.Module) -> None:
         raise Unsupported(f'norm {type(norm).__name__} without the running statistics of a BatchNorm2d at {name}')
 
 
-def _check_mixer(name: str, mixer: nn.Module) -> None:
+# Parts of a model that are checked here raise Unsupported if they are not what is known of them.
+
+def check_stem(name: str, stem: nn.Module) -> None:
+    _check_type(name, stem, STEMS)
+    _check_children(name, stem, '012')
+    conv, act, norm = stem
+    _check_type(f'{name}.0', conv, [nn.Conv2d])
+    _check_conv(f'{name}.0', conv, padding=(0, 0), kernel_size=conv.kernel_size[:1] * 2, stride=conv.stride[:1] * 2)
+    _check_act_norm(name, act, norm)
+
+
+def _check_residual(name: str, mixing: nn.Module, residual: bool) -> None:
+    # a block adds its input to that of a mixing that was taken out, where a model made without one does not
+    if residual and type(mixing) is nn.Identity:
+        raise Unsupported(f'a residual around nothing at {name}')
+
+
+def check_spatial(name: str, block: SplitMixerBlock) -> None:
+    mixing, place = block.spatial_mixing, f'{name}.spatial_mixing'
+    _check_residual(name, mixing, block.spatial_residual)
+    if type(mixing) is nn.Identity:
+        return
+    first, second = ['conv1', 'act1', 'norm1'], ['conv2', 'act2', 'norm2']
+    _check_type(place, mixing, [nn.Sequential])
+    _check_children(place, mixing, first, [*first, *second])
+    for n in range(1, len(mixing) // 3 + 1):
+        conv, act, norm = (getattr(mixing, f'{part}{n}') for part in ('conv', 'act', 'norm'))
+        _check_conv(place, conv, is_depthwise=True, stride=(1, 1), padding='same')
+        _check_act_norm(place, act, norm)
+    if hasattr(mixing, 'conv2'):
+        size = mixing.conv1.kernel_size[1]
+        if (mixing.conv1.kernel_size, mixing.conv2.kernel_size) != ((1, size), (size, 1)):
+            raise Unsupported(f'kernels other than 1 x k and k x 1 at {place}')
+        if activation(mixing.act1) != activation(mixing.act2):
+            raise Unsupported(f'two activations at {place}')
+
+
+def check_channel(name: str, block: SplitMixerBlock) -> None:
+    """ All of channel mixing but for the mixer, which is for `check_mixer`."""
+    mixing, place = block.channel_mixing, f'{name}.channel_mixing'
+    _check_residual(name, mixing, block.channel_residual)
+    if type(mixing) is nn.Identity:
+        return
+    _check_type(place, mixing, [nn.Sequential])
+    _check_children(place, mixing, ['mixer', 'act', 'norm'])
+    _check_act_norm(place, mixing.act, mixing.norm)
+
+
+def check_mixer(name: str, mixer: nn.Module) -> None:
     if type(mixer) is nn.Sequential and len(mixer):
         for child, part in mixer.named_children():
-            _check_mixer(f'{name}.{child}', part)
+            check_mixer(f'{name}.{child}', part)
         return
     _check_type(name, mixer, MIXERS)
     _check_children(name, mixer, ['convs'] if type(mixer) is SeparateSegmentMixing else ['conv'])
     for conv in getattr(mixer, 'convs', None) or [mixer.conv]:
-        check_conv(name, conv, kernel_size=(1, 1), stride=(1, 1), padding=(0, 0))
+        _check_conv(name, conv, kernel_size=(1, 1), stride=(1, 1), padding=(0, 0))
 
 
 def check_supported(model: SplitMixer) -> None:
@@ -167,42 +210,17 @@ def check_supported(model: SplitMixer) -> None:
             raise Unsupported(f'a forward hook on {name or "the model"}')
         if 'forward' in module.__dict__:
             raise Unsupported(f'a forward of its own on {name or "the model"}')
-    _check_type('stem', model.stem, STEMS)
-    _check_children('stem', model.stem, '012')
-    conv, act, norm = model.stem
-    _check_type('stem.0', conv, [nn.Conv2d])
-    check_conv('stem.0', conv, padding=(0, 0), kernel_size=conv.kernel_size[:1] * 2, stride=conv.stride[:1] * 2)
-    _check_act_norm('stem', act, norm)
-    first, second = ['conv1', 'act1', 'norm1'], ['conv2', 'act2', 'norm2']
+    check_stem('stem', model.stem)
     _check_type('blocks', model.blocks, [nn.Sequential])
     for i, block in enumerate(model.blocks):
         name = f'blocks.{i}'
         _check_type(name, block, BLOCKS)
         _check_children(name, block, ['spatial_mixing', 'channel_mixing', 'drop_path'])
         _check_type(f'{name}.drop_path', block.drop_path, [nn.Identity, DropPath])
-        spatial, channel = block.spatial_mixing, block.channel_mixing
-        # a block adds its input to that of a mixing that was taken out, where a model made without one does not
-        for mixing, residual in ((spatial, block.spatial_residual), (channel, block.channel_residual)):
-            if residual and type(mixing) is nn.Identity:
-                raise Unsupported(f'a residual around nothing at {name}')
-        if type(spatial) is not nn.Identity:
-            _check_type(f'{name}.spatial_mixing', spatial, [nn.Sequential])
-            _check_children(f'{name}.spatial_mixing', spatial, first, [*first, *second])
-            for n in range(1, len(spatial) // 3 + 1):
-                conv, act, norm = (getattr(spatial, f'{part}{n}') for part in ('conv', 'act', 'norm'))
-                check_conv(f'{name}.spatial_mixing', conv, is_depthwise=True, stride=(1, 1), padding='same')
-                _check_act_norm(f'{name}.spatial_mixing', act, norm)
-            if hasattr(spatial, 'conv2'):
-                size = spatial.conv1.kernel_size[1]
-                if (spatial.conv1.kernel_size, spatial.conv2.kernel_size) != ((1, size), (size, 1)):
-                    raise Unsupported(f'kernels other than 1 x k and k x 1 at {name}.spatial_mixing')
-                if activation(spatial.act1) != activation(spatial.act2):
-                    raise Unsupported(f'two activations at {name}.spatial_mixing')
-        if type(channel) is not nn.Identity:
-            _check_type(f'{name}.channel_mixing', channel, [nn.Sequential])
-            _check_children(f'{name}.channel_mixing', channel, ['mixer', 'act', 'norm'])
-            _check_mixer(f'{name}.channel_mixing.mixer', channel.mixer)
-            _check_act_norm(f'{name}.channel_mixing', channel.act, channel.norm)
+        check_spatial(name, block)
+        check_channel(name, block)
+        if type(block.channel_mixing) is not nn.Identity:
+            check_mixer(f'{name}.channel_mixing.mixer', block.channel_mixing.mixer)
 
 
 class FusedModel(nn.Module):

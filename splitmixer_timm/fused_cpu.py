@@ -14,7 +14,7 @@ from torch import nn
 
 from .fused import FusedModel, Product, Unsupported, activation, check_supported, fold_affine, segments
 from .machine import has_bfloat16
-from .splitmixer import PIECE_BYTES, SplitMixer, SplitMixerBlock, is_watched
+from .splitmixer import PIECE_BYTES, SplitMixer, SplitMixerBlock, is_everything_watched, is_watched
 
 __all__ = ['FusedSplitMixer', 'build']
 
@@ -407,7 +407,9 @@ class FusedSplitMixer(FusedModel):
     @torch.autocast('cpu', enabled=False)
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         parts = (self.global_pool, self.head_drop, self.head)
-        if any(type(part) not in ROW_WISE or is_watched(part) for part in parts):  # it may want the whole batch at once
+        if is_everything_watched() or any(
+                type(part) not in ROW_WISE or any(map(is_watched, part.modules())) for part in parts):
+            # who looks on, or is not known, is to have the whole batch
             return self.forward_head(self.forward_features(x))
         logits = [self.forward_head(features) for features in self._pieces(x)]
         return logits[0] if len(logits) == 1 else torch.cat(logits)

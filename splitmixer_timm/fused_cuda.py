@@ -5,7 +5,7 @@ from typing import Any, Dict, List, Tuple
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .fused import FusedModel, Unsupported, activation, check_supported, fold_affine, segments
 from .splitmixer import SplitMixer, SplitMixerBlock
@@ -156,7 +156,7 @@ class FusedSplitMixer(FusedModel):
     # a tensor of inference mode could not be filled outside of it
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _capture(self, x: torch.Tensor) -> Tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
+    def _capture(self, x: torch.Tensor) -> Tuple[torch.cuda.CUDAGraph, torch.Tensor, Any]:
         """ Graph of `forward` for images like `x`, with its input and its output."""
         self._check_input(x)  # before anything is made for a device that is not the model's
         static_x = x.detach().clone(memory_format=torch.contiguous_format)
@@ -166,7 +166,12 @@ class FusedSplitMixer(FusedModel):
             self._done = torch.cuda.Event()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            self._forward(static_x)  # compiles, measures, allocates workspaces
+            y = self._forward(static_x)  # compiles, measures, allocates workspaces
+        for part in tree_leaves(y):
+            if not isinstance(part, torch.Tensor):  # what is in it would be overwritten by the next call
+                raise TypeError(
+                    'The classifier of a model in a CUDA graph must give tensors, or tuples, lists or dicts of them, '
+                    f'got {type(part).__name__}.')
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         # thread_local: what a data loader's thread does meanwhile is not part of it, and no error

@@ -1,6 +1,6 @@
 """ Training on CUDA with spatial mixing, activations and norms as Triton kernels that store little for the backward."""
 import math
-from typing import Any, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Iterable, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -8,8 +8,19 @@ from torch import nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .fused import BLOCKS, MIXERS, STEMS, Unsupported, activation, check_conv, check_supported, products
-from .splitmixer import INDEPENDENT, AxisConv2d, SplitMixer, SplitMixerBlock, is_watched
+from .fused import (
+    BLOCKS,
+    STEMS,
+    Unsupported,
+    activation,
+    check_channel,
+    check_mixer,
+    check_spatial,
+    check_stem,
+    check_supported,
+    products,
+)
+from .splitmixer import INDEPENDENT, SplitMixer, SplitMixerBlock, is_watched
 
 try:
     from triton import cdiv
@@ -275,57 +286,32 @@ def _act_norm(u: torch.Tensor, act: nn.Module, norm: nn.BatchNorm2d) -> torch.Te
     return ActNorm.apply(_to_nhwc(u), norm.weight, norm.bias, norm, activation(act)).permute(0, 3, 1, 2)
 
 
-def _parts(mixing: nn.Module, part: str) -> List[nn.Module]:
-    """ Convolutions ('conv'), activations ('act') or norms ('norm') of a mixing."""
-    return [module for name, module in mixing.named_children() if name.startswith(part)]
-
-
-def _has_kernels(x: torch.Tensor, acts: Sequence[nn.Module], norms: Sequence[nn.Module]) -> bool:
-    """ Whether the kernels can be run on features, for activations and norms that may have been replaced (as by
-    SyncBatchNorm) or set."""
-    if kernels is None or not (x.is_cuda or _INTERPRETED) or not x.numel() or not all(
-            type(norm) is nn.BatchNorm2d and norm.training and norm.track_running_stats
-            and norm.num_batches_tracked is not None for norm in norms):
+def _has_kernels(x: torch.Tensor, layers: Iterable[nn.Module]) -> bool:
+    """ Whether the kernels can be run on features in place of layers, whose norms may have been set to another mode."""
+    if kernels is None or not (x.is_cuda or _INTERPRETED) or not x.numel():
         return False
+    for layer in layers:
+        if is_watched(layer) or isinstance(layer, nn.BatchNorm2d) and not (
+                layer.training and layer.track_running_stats and layer.num_batches_tracked is not None
+                and layer.weight is not None):
+            return False
+    return True
+
+
+def _passes(check: Callable[[str, nn.Module], None], module: nn.Module) -> bool:
+    """ Whether layers, that may have been replaced (as by SyncBatchNorm), are still what the kernels compute."""
     try:
-        names = set(map(activation, acts))
+        check('', module)
     except Unsupported:
         return False
-    return len(names) == 1
-
-
-def _is_plain(conv: nn.Module, **expected: Any) -> bool:
-    """ Whether a convolution is its weights and biases and these attributes, and nobody waits for its calls."""
-    try:
-        check_conv('', conv, **expected)
-    except Unsupported:
-        return False
-    return not is_watched(conv)
-
-
-def _is_plain_spatial(mixing: nn.Module) -> bool:
-    if isinstance(mixing, nn.Identity):
-        return True
-    convs = _parts(mixing, 'conv')
-    if [type(conv) for conv in convs] != [AxisConv2d] * 2:
-        return False
-    size = convs[0].kernel_size[1]
-    return all(
-        _is_plain(conv, is_depthwise=True, kernel_size=kernel_size, stride=(1, 1), padding='same')
-        for conv, kernel_size in zip(convs, ((1, size), (size, 1))))
-
-
-def _is_plain_channel(mixer: nn.Module) -> bool:
-    return all(
-        _is_plain(module, kernel_size=(1, 1), stride=(1, 1), padding=(0, 0)) for module in mixer.modules()
-        if type(module) not in (nn.Sequential, nn.ModuleList, *MIXERS))
+    return True
 
 
 class FusedStem(nn.Sequential):
     """ Stem of a `SplitMixer`: convolution, activation, norm."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._embed(x) if _has_kernels(x, [self[1]], [self[2]]) else super().forward(x)
+        return self._embed(x) if _has_kernels(x, list(self)[1:]) and _passes(check_stem, self) else super().forward(x)
 
     @torch.compiler.disable
     def _embed(self, x: torch.Tensor) -> torch.Tensor:
@@ -342,10 +328,12 @@ class FusedBlock(SplitMixerBlock):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        has_kernels = all(
-            _has_kernels(x, _parts(mixing, 'act'), _parts(mixing, 'norm'))
-            for mixing in (self.spatial_mixing, self.channel_mixing) if not isinstance(mixing, nn.Identity))
-        return self._mix(x) if has_kernels and _is_plain_spatial(self.spatial_mixing) else super().forward(x)
+        layers = [*self.spatial_mixing.modules(), *(
+            module for name, module in self.channel_mixing.named_modules() if not name.startswith('mixer'))]
+        if _has_kernels(x, layers) and _passes(check_spatial, self) and _passes(check_channel, self) and (
+                isinstance(self.spatial_mixing, nn.Identity) or hasattr(self.spatial_mixing, 'conv2')):
+            return self._mix(x)
+        return super().forward(x)
 
     @torch.compiler.disable
     def _mix(self, x: torch.Tensor) -> torch.Tensor:
@@ -373,7 +361,8 @@ class FusedBlock(SplitMixerBlock):
         is_dropped = not isinstance(self.drop_path, nn.Identity)
         residual = self.channel_residual and not is_dropped
         norm = mixing.norm
-        if x.dtype.itemsize == 2 and norm.num_features <= MAX_DENSE and _is_plain_channel(mixing.mixer):
+        is_plain = _passes(check_mixer, mixing.mixer) and not any(map(is_watched, mixing.mixer.modules()))
+        if is_plain and x.dtype.itemsize == 2 and norm.num_features <= MAX_DENSE:
             with torch.autocast(x.device.type, enabled=False):
                 matrix, bias = _dense(mixing.mixer, norm.num_features)
             y = ChannelMixing.apply(
@@ -396,13 +385,13 @@ def fuse_for_training(model: SplitMixer, device: Optional[Union[str, torch.devic
     """ Make a model train by Triton kernels on CUDA that keep less than half of what the plain layers do.
 
     The model is changed in place; its parameters, buffers and the names of both stay. The kernels run in train mode on
-    CUDA, with norms in fp32 and features in fp32 or, under autocast, half precision. Elsewhere, and in a block where a
-    norm is set to eval mode, a norm (as by SyncBatchNorm), an activation or a convolution of spatial mixing is
-    replaced, or such a convolution has hooks (as pruning has), the plain layers run. Of the layers inside a block the
-    kernels call only the convolutions of channel mixing, and hooks of these alone; in half precision, with up to 512
-    channels, they are called where they have hooks or were replaced. `torch.compile` leaves stem and blocks to the
-    kernels. The model cannot be scripted, and has no second derivatives. A variance is the mean square less the mean's,
-    which loses digits where a channel's mean is many times its deviation.
+    CUDA, with norms in fp32 and features in fp32 or, under autocast, half precision. Elsewhere, and in a stem or
+    block in which a norm is set to eval mode, or a layer was replaced (as by SyncBatchNorm) or has hooks (as of
+    pruning), the plain layers run. But the stem's convolution is called and may have hooks, and those of channel mixing
+    are called where they were replaced or have hooks; in half precision, with up to 512 channels, only there.
+    `torch.compile` leaves stem and blocks to the kernels. The model cannot be scripted, and has no second derivatives.
+    A variance is the mean square less the mean's, which loses digits where a channel's mean is many times its
+    deviation.
 
     Args:
         model: The model.

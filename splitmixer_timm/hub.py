@@ -103,6 +103,7 @@ def _checked_metrics(metrics: Optional[Dict[str, Any]]) -> Dict[str, Any]:
             if not isinstance(value, dict) or len(value) < 2 or \
                     not all(isinstance(v, Real) for v in value.values()):
                 raise ValueError(f"metrics['seeds'] must map two seeds or more to their top-1, got {value!r}.")
+            metrics[key] = {seed: float(top1) for seed, top1 in value.items()}
         else:
             raise ValueError(
                 "metrics must have 'top1', 'top5', 'images', 'split', 'seeds', 'measured_by' and no other, got "

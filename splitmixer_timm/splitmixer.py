@@ -154,7 +154,7 @@ def _is_transformed() -> bool:
     return not torch.compiler.is_compiling() and _transform_stack() is not None
 
 
-def _is_everything_watched() -> bool:
+def is_everything_watched() -> bool:
     """ Whether somebody hooked on to the calls of all modules."""
     return bool(
         torch.nn.modules.module._global_forward_hooks or torch.nn.modules.module._global_forward_pre_hooks
@@ -377,7 +377,7 @@ class SharedSegmentMixing(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
             # who looks on would see all segments as a batch of more, or of wider, images
-            if _is_pointwise(self.conv, self.segment_dim) and not _is_everything_watched():
+            if _is_pointwise(self.conv, self.segment_dim) and not is_everything_watched():
                 return _unpack_segments(self.conv(_pack_segments(x, self.num_segments)), x)
         return torch.cat([self.conv(segment) for segment in x.chunk(self.num_segments, dim=1)], dim=1)
 
@@ -394,7 +394,7 @@ class SeparateSegmentMixing(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
             # the weights of several at once are one convolution, that calls none of them
-            if all(map(_is_pointwise, self.convs, self.sizes)) and not _is_everything_watched():
+            if all(map(_is_pointwise, self.convs, self.sizes)) and not is_everything_watched():
                 return _separate_convs(
                     x, [conv.weight for conv in self.convs], [conv.bias for conv in self.convs], self.sizes)
         segments = x.split(self.sizes, dim=1)
@@ -770,7 +770,7 @@ class SplitMixer(nn.Module):
         """
         if (
                 torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
-                or isinstance(x, torch.fx.Proxy) or x.device.type != 'cpu' or _is_everything_watched()
+                or isinstance(x, torch.fx.Proxy) or x.device.type != 'cpu' or is_everything_watched()
                 or _count_dispatch_modes()
         ):
             return 0

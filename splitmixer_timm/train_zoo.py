@@ -424,6 +424,7 @@ def add(model: Model, scripts: Path, data_dir: Path, device: str) -> Optional[Di
     if is_added(model):
         return None
     precisions = list(dict.fromkeys(part for run in model.runs for part in trained_in(run.folder)))
+    # of the published run, as it was last; the queue's may have changed since
     interval = read_args(model.runs[0].folder).get('val_interval', 1)
     recipe = [
         model.recipe, *([f'val_interval {interval}'] if interval != 1 else []),

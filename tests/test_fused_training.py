@@ -268,7 +268,13 @@ def _set(module, model, **values):
     lambda model: _set(model.blocks[0].spatial_mixing.conv1, model, bias=None),
     lambda model: _set(model.blocks[1].spatial_mixing, model, act2=nn.ReLU()),
     lambda model: _set(model.stem, model, **{'1': nn.SiLU()}),
-], ids=['split', 'frozen', 'untracked', 'pruned', 'circular', 'no bias', 'two activations', 'activation'])
+    lambda model: _set(model.stem, model, **{'3': nn.Sigmoid()}),
+    lambda model: _set(model.blocks[0].spatial_mixing, model, gate=nn.Sigmoid()),
+    lambda model: _set(model.blocks[0].channel_mixing, model, norm=nn.BatchNorm2d(10, affine=False, device=DEVICE)),
+    lambda model: _set(model.blocks[0].channel_mixing, model, mixer=nn.AvgPool2d(3, 1, 1)),
+    lambda model: (model.blocks[0].channel_mixing.act.register_forward_hook(lambda *args: args[2] * 2), model)[1],
+], ids=['split', 'frozen', 'untracked', 'pruned', 'circular', 'no bias', 'two activations', 'activation', 'longer stem',
+        'gate', 'no parameters', 'mixer', 'hook'])
 def test_layers_changed_later(change):
     """ As train.py and users change them after the model was made: the kernels have none such, the plain layers run."""
     model = _model(depth=2)
@@ -321,6 +327,9 @@ def test_convolution_replaced_later():
     mixer.conv = nn.Conv2d(*mixer.conv.weight.shape[:2], 1, bias=False, device=DEVICE)
     _step(fused, x, torch.bfloat16)
     assert mixer.conv.weight.grad.abs().sum() > 0
+    mixer = fused.blocks[0].channel_mixing.mixer = nn.Conv2d(10, 10, 1, device=DEVICE)
+    _step(fused, x, torch.bfloat16)
+    assert mixer.weight.grad.abs().sum() > 0
 
 
 @runs_kernels

@@ -173,12 +173,14 @@ class TestRoundTrip:
 class TestContents:
     def test_numbers_of_numpy(self, server):
         metrics = dict(
-            top1=np.mean([0, 101.]), top5=np.float32(99.5), images=np.int64(200), seeds={1: np.float64(50), 2: 51})
+            top1=np.mean([0, 101.]), top5=np.float32(99.5), images=np.int64(200),
+            seeds={1: np.float32(50), 2: np.int64(51)})
         push_to_hub(create(), REPO, token=TOKEN, metrics=metrics, dataset='cifar10')
         readme = files(server)['README.md'].decode()
         result, = yaml.safe_load(readme.split('---')[1])['model-index'][0]['results']
         assert [metric['value'] for metric in result['metrics']] == [50.5, 99.5]
         assert '- Measured: 200 images' in readme
+        assert '- Over 2 runs that differ in the seed: top-1 50.50 +- 0.71\n' in readme
 
     def test_files(self, server):
         url = push_to_hub(create(), REPO, token=TOKEN, metrics=dict(top1=50, top5=99.5), dataset='cifar10')

@@ -376,6 +376,9 @@ def test_classifier_of_several_outputs_on_gpu(classes):
     for y, x in zip([fused(x) for x in images], images):
         assert y.keys() == {'one', 'other'}
         _assert_close(y['other'], model(x)['other'], TOLERANCE)
+    fused.head.forward = lambda x: {x}
+    with pytest.raises(TypeError, match='lists or dicts of them, got set'):
+        fused(images[0, :, :, :9])
 
 
 @pytest.mark.parametrize('streams', [pytest.param(2, marks=cuda)])
