@@ -151,20 +151,23 @@ def check_stem(name: str, stem: nn.Module) -> None:
     _check_act_norm(name, act, norm)
 
 
-def _check_residual(name: str, mixing: nn.Module, residual: bool) -> None:
-    # a block adds its input to that of a mixing that was taken out, where a model made without one does not
-    if residual and type(mixing) is nn.Identity:
-        raise Unsupported(f'a residual around nothing at {name}')
+def _has_mixing(name: str, mixing: nn.Module, residual: bool, *allowed: Sequence[str]) -> bool:
+    """ Whether a block mixes at all; if it does, by these children."""
+    if type(mixing) is nn.Identity:
+        # a block adds its input to that of a mixing that was taken out, where a model made without one does not
+        if residual:
+            raise Unsupported(f'a residual around nothing at {name}')
+        return False
+    _check_type(name, mixing, [nn.Sequential])
+    _check_children(name, mixing, *allowed)
+    return True
 
 
 def check_spatial(name: str, block: SplitMixerBlock) -> None:
     mixing, place = block.spatial_mixing, f'{name}.spatial_mixing'
-    _check_residual(name, mixing, block.spatial_residual)
-    if type(mixing) is nn.Identity:
-        return
     first, second = ['conv1', 'act1', 'norm1'], ['conv2', 'act2', 'norm2']
-    _check_type(place, mixing, [nn.Sequential])
-    _check_children(place, mixing, first, [*first, *second])
+    if not _has_mixing(place, mixing, block.spatial_residual, first, [*first, *second]):
+        return
     for n in range(1, len(mixing) // 3 + 1):
         conv, act, norm = (getattr(mixing, f'{part}{n}') for part in ('conv', 'act', 'norm'))
         _check_conv(place, conv, is_depthwise=True, stride=(1, 1), padding='same')
@@ -180,12 +183,8 @@ def check_spatial(name: str, block: SplitMixerBlock) -> None:
 def check_channel(name: str, block: SplitMixerBlock) -> None:
     """ All of channel mixing but for the mixer, which is for `check_mixer`."""
     mixing, place = block.channel_mixing, f'{name}.channel_mixing'
-    _check_residual(name, mixing, block.channel_residual)
-    if type(mixing) is nn.Identity:
-        return
-    _check_type(place, mixing, [nn.Sequential])
-    _check_children(place, mixing, ['mixer', 'act', 'norm'])
-    _check_act_norm(place, mixing.act, mixing.norm)
+    if _has_mixing(place, mixing, block.channel_residual, ['mixer', 'act', 'norm']):
+        _check_act_norm(place, mixing.act, mixing.norm)
 
 
 def check_mixer(name: str, mixer: nn.Module) -> None:

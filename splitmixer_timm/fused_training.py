@@ -1,5 +1,6 @@
 """ Training on CUDA with spatial mixing, activations and norms as Triton kernels that store little for the backward."""
 import math
+from itertools import chain
 from typing import Any, Callable, Iterable, Optional, Tuple, Union
 
 import torch
@@ -328,8 +329,8 @@ class FusedBlock(SplitMixerBlock):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        layers = [*self.spatial_mixing.modules(), *(
-            module for name, module in self.channel_mixing.named_modules() if not name.startswith('mixer'))]
+        layers = chain(self.spatial_mixing.modules(), (
+            module for name, module in self.channel_mixing.named_modules() if not name.startswith('mixer')))
         if _has_kernels(x, layers) and _passes(check_spatial, self) and _passes(check_channel, self) and (
                 isinstance(self.spatial_mixing, nn.Identity) or hasattr(self.spatial_mixing, 'conv2')):
             return self._mix(x)
@@ -361,8 +362,8 @@ class FusedBlock(SplitMixerBlock):
         is_dropped = not isinstance(self.drop_path, nn.Identity)
         residual = self.channel_residual and not is_dropped
         norm = mixing.norm
-        is_plain = _passes(check_mixer, mixing.mixer) and not any(map(is_watched, mixing.mixer.modules()))
-        if is_plain and x.dtype.itemsize == 2 and norm.num_features <= MAX_DENSE:
+        if x.dtype.itemsize == 2 and norm.num_features <= MAX_DENSE and _passes(check_mixer, mixing.mixer) and \
+                not any(map(is_watched, mixing.mixer.modules())):
             with torch.autocast(x.device.type, enabled=False):
                 matrix, bias = _dense(mixing.mixer, norm.num_features)
             y = ChannelMixing.apply(
