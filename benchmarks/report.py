@@ -28,7 +28,7 @@ from splitmixer_timm.benchmark import Results, Settings
 from splitmixer_timm.benchmark_report import markdown_table as table
 from splitmixer_timm.card import DATASETS, INTENDED_USE, LIMITS
 from splitmixer_timm.complexity import measure_complexity
-from splitmixer_timm.paper import BASELINE, TABLE3, top1
+from splitmixer_timm.paper import BASELINE, PEERS, TABLE3, TOP1, top1
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS_DIR = ROOT / 'benchmarks' / 'results'
@@ -355,6 +355,71 @@ def weights_table() -> str:
     return table(header, rows)
 
 
+def accuracies() -> List[Dict[str, str]]:
+    """ What the picture of accuracy on CIFAR shows: the zoo's models, the paper's, and those of its comparison."""
+    rows = []
+    for dataset, peers in PEERS.items():
+        for kind, paper in TOP1[dataset].items():
+            name = f'{"convmixer" if kind == "conv" else f"splitmixer_{kind}"}_256_8.{dataset}'
+            model = timm.create_model(name, device='meta')
+            own = dict(
+                dataset=dataset, model='ConvMixer' if kind == 'conv' else kind.upper(),
+                params=str(sum(parameter.numel() for parameter in model.parameters())))
+            rows.append({**own, 'source': 'paper', 'top1': f'{paper:.2f}'})
+            if name in manifest.entries():
+                rows.append({**own, 'source': 'ours', 'top1': f'{manifest.entries()[name]["metrics"]["top1"]:.2f}'})
+        for model, (millions, paper) in peers.items():
+            rows.append(dict(
+                dataset=dataset, model=model, params=str(round(1e6 * millions)), source='peers', top1=f'{paper:.2f}'))
+    return rows
+
+
+def draw_accuracies(rows: List[Dict[str, str]], path: Path) -> None:
+    """ Picture of top-1 against parameters.
+
+    Args:
+        rows: What `accuracies` gives.
+        path: PNG file to write.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+    peers = ('#999999', 'x')
+    figure = Figure(figsize=(12, 5), layout='constrained')
+    FigureCanvasAgg(figure)
+    for axes, dataset in zip(figure.subplots(1, len(PEERS)), PEERS):
+        for row in rows:
+            if row['dataset'] != dataset:
+                continue
+            colour, shape = reports.STYLES.get(row['model'], peers)
+            x, y = float(row['params']), float(row['top1'])
+            axes.plot(
+                x, y, shape, color=colour, markersize=8, linestyle='none', alpha=0.85,
+                markerfacecolor=colour if row['source'] == 'ours' else 'none')
+            if row['source'] == 'peers':
+                axes.annotate(
+                    row['model'], (x, y), xytext=(0, -7), textcoords='offset points', va='top', ha='center',
+                    fontsize=9, color='#666666')
+        axes.set(xscale='log', xlabel='parameters', ylabel='top-1 %', title=DATASETS[dataset].name)
+        axes.margins(x=0.1, y=0.08)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=''))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    handles = [
+        Line2D([], [], linestyle='none', marker=shape, color=colour, markersize=8, label=model)
+        for model, (colour, shape) in reports.STYLES.items() if any(row['model'] == model for row in rows)]
+    handles += [
+        Line2D([], [], linestyle='none', marker='o', color='#555555', markersize=8, label='the weights here'),
+        Line2D([], [], linestyle='none', marker='o', color='#555555', markersize=8, fillstyle='none',
+               label="the paper's"),
+        Line2D([], [], linestyle='none', marker=peers[1], color=peers[0], markersize=8,
+               label="the paper's comparison (Lv et al. 2022)")]
+    figure.legend(handles=handles, loc='outside lower center', ncols=len(handles), frameon=False, fontsize=10)
+    reports.save(figure, rows, path)
+
+
 def training_table() -> str:
     """ How each pretrained model was made."""
     rows = []
@@ -421,16 +486,19 @@ def main() -> int:
             stale.append(document)
             if not args.check:
                 manifest.replace_file(path, rendered.encode())
-    for name, rows in throughput():
-        picture = RESULTS_DIR / reports.picture_name(name, rows)
-        if any(row['img_per_s'] for row in rows) and not reports.is_drawn(rows, picture):
+    pictures = [(accuracies(), RESULTS_DIR / 'accuracy.png', draw_accuracies)]
+    pictures += [
+        (rows, RESULTS_DIR / reports.picture_name(name, rows), reports.draw)
+        for name, rows in throughput() if any(row['img_per_s'] for row in rows)]
+    for rows, picture, draw in pictures:
+        if not reports.is_drawn(rows, picture):
             stale.append(picture.name)
             if not args.check:
                 if find_spec('matplotlib') is None:
                     print(f"{picture.name} is stale, and to draw it needs matplotlib: pip install -e '.[bench]'",
                           file=sys.stderr)
                     return 1
-                reports.draw(rows, picture)
+                draw(rows, picture)
     print(f'{"stale" if args.check else "rewritten"}: {", ".join(stale) or "none"}')
     return 1 if args.check and stale else 0
 

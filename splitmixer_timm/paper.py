@@ -1,5 +1,5 @@
 """ Figures of the paper (arXiv 2207.10255) that ours stand beside. """
-from typing import Optional
+from typing import Dict, Optional, Tuple
 
 # Table 1: top-1 in percent, by data set and type
 TOP1 = {
@@ -15,6 +15,18 @@ def top1(name: str) -> Optional[float]:
     kind = name.split('_')[1] if name.startswith('splitmixer') else 'conv'
     return TOP1.get(name.partition('.')[2], {}).get(kind)
 
+
+# Its comparison, from Lv et al. 2022 (200 epochs): by data set and model, parameters in millions and top-1 in percent
+PEERS: Dict[str, Dict[str, Tuple[float, float]]] = {
+    'cifar10': {
+        'ResNet20': (0.27, 91.99), 'ViT': (2.69, 86.57), 'AS-MLP': (26.20, 87.30), 'gMLP': (4.61, 86.79),
+        'ResMLP': (14.30, 86.52), 'ViP': (29.30, 88.97), 'MLP-Mixer': (17.10, 85.45), 'MDMLP': (0.30, 90.90),
+    },
+    'cifar100': {
+        'ResNet20': (0.27, 67.39), 'ViT': (2.69, 60.43), 'AS-MLP': (26.20, 65.16), 'gMLP': (4.61, 61.60),
+        'ResMLP': (14.30, 61.40), 'ViP': (29.30, 70.51), 'MLP-Mixer': (17.10, 55.06), 'MDMLP': (0.30, 64.22),
+    },
+}
 
 # Table 3: by model and arguments, what the paper calls it and its images a second on a Tesla V100 32 GB
 TABLE3 = {

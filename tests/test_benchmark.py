@@ -687,7 +687,7 @@ class TestDocuments:
         monkeypatch.setattr(report, 'ROOT', tmp_path)
         monkeypatch.setattr(report, 'RESULTS_DIR', tmp_path / 'benchmarks' / 'results')
         report.RESULTS_DIR.mkdir(parents=True)
-        for document in [*report.DOCUMENTS, 'benchmarks/results/complexity.csv']:
+        for document in [*report.DOCUMENTS, 'benchmarks/results/complexity.csv', 'benchmarks/results/accuracy.png']:
             (tmp_path / document).write_bytes((ROOT / document).read_bytes())
 
         def run_report(*args):
@@ -739,6 +739,23 @@ class TestDocuments:
         assert header.endswith('| A GPU | spread | ratio | ratio, all in channels_last |')
         row, = (line for line in lines if line.startswith('| I, α = 2/3 |'))
         assert row.endswith(' | 2.57 | 3 | 0.0% | 1.50 | 4.00 |')
+
+    def test_accuracy_picture(self, run_report, tmp_path, capsys, monkeypatch):
+        """ Drawn from the manifest and the paper's tables, and stale when a model of the zoo has another accuracy."""
+        import report
+        picture = tmp_path / 'benchmarks' / 'results' / 'accuracy.png'
+        rows = report.accuracies()
+        assert benchmark_report.is_drawn(rows, picture)
+        assert dict(dataset='cifar10', model='I', params='275834', source='paper', top1='93.91') in rows
+        zoo = {name: entry for name, entry in report.manifest.entries().items() if 'cifar' in name}
+        assert sorted(row['top1'] for row in rows if row['source'] == 'ours') == sorted(
+            f'{entry["metrics"]["top1"]:.2f}' for entry in zoo.values())
+        name, entry = next(iter(zoo.items()))
+        monkeypatch.setattr(report.manifest, 'entries', lambda: {name: {**entry, 'metrics': {'top1': 12.3}}})
+        changed = report.accuracies()
+        assert not benchmark_report.is_drawn(changed, picture)
+        report.draw_accuracies(changed, picture)
+        assert benchmark_report.is_drawn(changed, picture)
 
     def test_picture_without_matplotlib(self, run_report, device, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr('report.find_spec', lambda name: None)
