@@ -160,10 +160,11 @@ class FusedSplitMixer(FusedModel):
         """ Graph of `forward` for images like `x`, with its input and its output."""
         self._check_input(x)  # before anything is made for a device that is not the model's
         static_x = x.detach().clone(memory_format=torch.contiguous_format)
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+        if self._stream is None:
             self._stream = torch.cuda.Stream()  # one for all: each has a workspace, and torch's own is of one device
             self._done = torch.cuda.Event()
+        if not self._graphs:  # a pool that was given up could not be taken again while a tensor in it lives
+            self._pool = torch.cuda.graph_pool_handle()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             y = self._forward(static_x)  # compiles, measures, allocates workspaces
@@ -174,9 +175,15 @@ class FusedSplitMixer(FusedModel):
                     f'got {type(part).__name__}.')
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        # thread_local: what a data loader's thread does meanwhile is not part of it, and no error
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode='thread_local'):
-            y = self._forward(static_x)
+        # As torch's own graph trees do: the workspace of cuBLAS, whose address the graph keeps, comes from the graphs'
+        # pool. The one of the warm-up, which this frees, would go when torch drops any graph of this stream.
+        torch._C._cuda_clearCublasWorkspaces()
+        try:
+            # thread_local: what a data loader's thread does meanwhile is not part of it, and no error
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode='thread_local'):
+                y = self._forward(static_x)
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()
         return graph, static_x, y
 
     def _check_state(self) -> None:
@@ -201,7 +208,8 @@ class FusedSplitMixer(FusedModel):
             if key not in self._known:  # to measure configurations waits for the GPU, which a capture must not
                 raise RuntimeError(
                     f'{type(self).__name__} must be called once with images {tuple(x.shape)} before it is captured.')
-            return self._forward(x)
+            # as in that call: with other strides, or another alignment, a kernel would be compiled now
+            return self._forward(x.clone(memory_format=torch.contiguous_format))
         with self._replaying, torch.cuda.device_of(x):
             self._check_state()
             if key not in self._graphs:

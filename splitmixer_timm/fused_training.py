@@ -294,7 +294,7 @@ def _has_kernels(x: torch.Tensor, layers: Iterable[nn.Module]) -> bool:
     for layer in layers:
         if is_watched(layer) or isinstance(layer, nn.BatchNorm2d) and not (
                 layer.training and layer.track_running_stats and layer.num_batches_tracked is not None
-                and layer.weight is not None):
+                and layer.weight is not None and layer.bias is not None):
             return False
     return True
 
@@ -410,8 +410,8 @@ def fuse_for_training(model: SplitMixer, device: Optional[Union[str, torch.devic
         raise Unsupported(f'model {type(model).__name__}')
     check_supported(model)
     for name, module in model.named_modules():
-        if isinstance(module, nn.BatchNorm2d) and module.weight is None:
-            raise Unsupported(f'a norm without parameters at {name}')
+        if isinstance(module, nn.BatchNorm2d) and (module.weight is None or module.bias is None):
+            raise Unsupported(f'a norm without weight or bias at {name}')
     if any(hasattr(block.spatial_mixing, 'conv1') and not hasattr(block.spatial_mixing, 'conv2')
            for block in model.blocks):
         raise Unsupported("spatial_mixing='2d'")

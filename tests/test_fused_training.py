@@ -271,10 +271,11 @@ def _set(module, model, **values):
     lambda model: _set(model.stem, model, **{'3': nn.Sigmoid()}),
     lambda model: _set(model.blocks[0].spatial_mixing, model, gate=nn.Sigmoid()),
     lambda model: _set(model.blocks[0].channel_mixing, model, norm=nn.BatchNorm2d(10, affine=False, device=DEVICE)),
+    lambda model: _set(model.blocks[0].channel_mixing.norm, model, bias=None),
     lambda model: _set(model.blocks[0].channel_mixing, model, mixer=nn.AvgPool2d(3, 1, 1)),
     lambda model: (model.blocks[0].channel_mixing.act.register_forward_hook(lambda *args: args[2] * 2), model)[1],
 ], ids=['split', 'frozen', 'untracked', 'pruned', 'circular', 'no bias', 'two activations', 'activation', 'longer stem',
-        'gate', 'no parameters', 'mixer', 'hook'])
+        'gate', 'no parameters', 'no shift', 'mixer', 'hook'])
 def test_layers_changed_later(change):
     """ As train.py and users change them after the model was made: the kernels have none such, the plain layers run."""
     model = _model(depth=2)
@@ -395,7 +396,9 @@ def test_checkpointing():
     (lambda: SplitMixer(8, 1, norm_layer='layernorm2d'), 'norm LayerNorm2d'),
     (lambda: SplitMixer(8, 1, act_layer='silu'), 'activation SiLU'),
     (lambda: nn.SyncBatchNorm.convert_sync_batchnorm(SplitMixer(8, 1)), 'norm SyncBatchNorm'),
-    (lambda: SplitMixer(8, 1, norm_layer=lambda dim, **dd: nn.BatchNorm2d(dim, affine=False, **dd)), 'parameters'),
+    (lambda: SplitMixer(8, 1, norm_layer=lambda dim, **dd: nn.BatchNorm2d(dim, affine=False, **dd)), 'weight or bias'),
+    (lambda: _set_norms(SplitMixer(8, 1), _parameters=dict(weight=nn.Parameter(torch.ones(8)), bias=None)),
+     'weight or bias at stem.2'),
 ])
 def test_unsupported(create, reason):
     model = create()

@@ -334,6 +334,37 @@ def test_graphs_on_gpu(dtype):
     assert not fused.to('cuda')._graphs
 
 
+@pytest.mark.parametrize('dim', [pytest.param(256, marks=cuda)])
+def test_dropped_graph_on_gpu(dim):
+    """ The graphs that are left own all that they write to, the workspace of cuBLAS too."""
+    fused = fused_cuda.build(_model(dim=dim, num_classes=1000), torch.float32)
+    images = [torch.randn(batch, 3, 64, 64, device='cuda') for batch in range(1, fused_cuda.MAX_GRAPHS + 2)]
+    for x in images:
+        fused(x)
+    others = torch.full((64, 2**23), 7., device='cuda').unbind()  # 2 GiB, to fill what was freed
+    others += tuple(torch.full((2**23,), 7., device='cuda') for _ in range(16))
+    for x in images[1:]:
+        torch.testing.assert_close(fused(x), fused.forward_head(fused.forward_features(x)))
+    assert all((other == 7).all() for other in others)
+
+
+@pytest.mark.parametrize('kept', [pytest.param(True, marks=cuda)])
+def test_kept_features_on_gpu(kept):
+    """ A classifier that keeps a tensor of the graphs' memory does not stop new graphs."""
+    class Keeping(torch.nn.Linear):
+        def forward(self, x):
+            self.last = x
+            return super().forward(x)
+
+    model = _model()
+    model.head = Keeping(model.num_features, 5).cuda()
+    fused = fused_cuda.build(model.eval(), torch.float32)
+    x = torch.randn(2, 3, 12, 15, device='cuda')
+    expected = fused(x)
+    fused.load_state_dict({name: value.clone() for name, value in fused.state_dict().items()}, assign=True)
+    torch.testing.assert_close(fused(x), expected)
+
+
 @pytest.mark.parametrize('dim', [pytest.param(40, marks=cuda)])
 def test_batches_share_a_configuration_on_gpu(dim):
     """ Up to a power of two, so that the last batch of a data set is not waited for."""
@@ -407,6 +438,11 @@ def test_captured_by_the_caller_on_gpu(size):
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
             fused(x)
     expected, graph = fused(x), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = fused(x)
+    graph.replay()
+    torch.testing.assert_close(y, expected)
+    x, graph = x.to(memory_format=torch.channels_last), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = fused(x)
     graph.replay()

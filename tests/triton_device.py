@@ -21,7 +21,8 @@ TOLERANCE = 1e-4 if HAS_CUDA else 1e-5  # relative, of fp32
 torch.backends.cudnn.allow_tf32 = False  # the plain layers are the reference
 torch.backends.cudnn.deterministic = True  # and some tests run them twice
 
-runs_kernels = pytest.mark.skipif(not INTERPRETED and not HAS_CUDA, reason='test_interpreted runs this on the CPU')
+runs_kernels = pytest.mark.cuda if HAS_CUDA else pytest.mark.skipif(
+    not INTERPRETED, reason='test_interpreted runs this on the CPU')
 not_interpreted = pytest.mark.skipif(INTERPRETED, reason='not for the interpreter')
 cuda = [pytest.mark.cuda, pytest.mark.skipif(not HAS_CUDA, reason='needs a GPU')]
 
