@@ -7,9 +7,8 @@ import torch
 from timm.layers import GELU, DropPath
 from torch import nn
 
+from .layers import AxisConv2d, ChannelsLastGELU
 from .splitmixer import (
-    AxisConv2d,
-    ChannelsLastGELU,
     SegmentMixing,
     SeparateSegmentMixing,
     SharedSegmentMixing,

@@ -13,8 +13,9 @@ from timm.layers import SelectAdaptivePool2d
 from torch import nn
 
 from .fused import FusedModel, Product, Unsupported, activation, check_supported, fold_affine, segments
+from .layers import is_everything_watched, is_watched
 from .machine import has_bfloat16
-from .splitmixer import PIECE_BYTES, SplitMixer, SplitMixerBlock, is_everything_watched, is_watched
+from .splitmixer import PIECE_BYTES, SplitMixer, SplitMixerBlock
 
 __all__ = ['FusedSplitMixer', 'build']
 

@@ -21,7 +21,8 @@ from .fused import (
     check_supported,
     products,
 )
-from .splitmixer import INDEPENDENT, SplitMixer, SplitMixerBlock, is_watched
+from .layers import is_watched
+from .splitmixer import INDEPENDENT, SplitMixer, SplitMixerBlock
 
 try:
     from triton import cdiv

@@ -19,7 +19,6 @@ from typing import Any, Callable, Dict, List, Optional, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     GELU,
@@ -43,7 +42,7 @@ from timm.models import (
 )
 from timm.models._features import feature_take_indices
 
-from . import manifest
+from . import layers, manifest
 
 __all__ = ['SplitMixer', 'checkpoint_filter_fn']
 
@@ -143,201 +142,12 @@ def _resolve_norm_layer(norm_layer: Union[str, Callable[..., nn.Module]]) -> Cal
     return layer
 
 
-# torch has no public way to ask; without this one vmap would fail, as it does of itself where a format is asked for
-_transform_stack = getattr(torch._C._functorch, 'peek_interpreter_stack', lambda: None)
-_count_dispatch_modes = getattr(torch._C, '_len_torch_dispatch_stack', lambda: 0)  # make_fx, counters of operations
-
-
-@torch.jit.ignore
-def _is_transformed() -> bool:
-    """ Whether this runs under a transform of torch.func, whose tensors do not tell how they lie in memory."""
-    return not torch.compiler.is_compiling() and _transform_stack() is not None
-
-
-def is_everything_watched() -> bool:
-    """ Whether somebody hooked on to the calls of all modules."""
-    return bool(
-        torch.nn.modules.module._global_forward_hooks or torch.nn.modules.module._global_forward_pre_hooks
-        or torch.nn.modules.module._global_backward_hooks or torch.nn.modules.module._global_backward_pre_hooks)
-
-
-def is_watched(module: nn.Module) -> bool:
-    """ Whether somebody hooked on to a module, or gave it a forward of its own."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        or 'forward' in module.__dict__)
-
-
 def copy_model(model: nn.Module) -> nn.Module:
     """ Deep copy of a model, weights that hooks compute from others (pruning, weight norm) as they are now."""
     computed = [
         tensor for module in model.modules() for tensor in vars(module).values()
         if isinstance(tensor, torch.Tensor) and not tensor.is_leaf]
     return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})
-
-
-def _is_pointwise(conv: nn.Module, size: int) -> bool:
-    """ Whether a module is a plain pointwise convolution of as many channels, that nobody hooked on to."""
-    return (
-        type(conv) is nn.Conv2d and conv.bias is not None and conv.in_channels == conv.out_channels == size
-        and conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
-        and not is_watched(conv))
-
-
-# Branches on where and how a tensor lies in memory are functions that torch.fx takes as a whole.
-
-def _is_channels_last(x: torch.Tensor) -> bool:
-    if not torch.jit.is_scripting():
-        if _is_transformed():
-            return False
-    return x.is_contiguous(memory_format=torch.channels_last)
-
-
-@torch.fx.wrap
-def _to_fast_format(x: torch.Tensor) -> torch.Tensor:
-    """ On a CPU channels_last, which its convolutions of few channels at a time want; elsewhere as given."""
-    if not torch.jit.is_scripting():
-        if _is_transformed():
-            return x
-    if x.device.type == 'cpu':
-        return x.contiguous(memory_format=torch.channels_last)
-    return x
-
-
-@torch.fx.wrap
-def _hold_format(x: torch.Tensor, is_sum: bool) -> torch.Tensor:
-    """ Features whose gradient comes in their own format, which pooling's does not.
-
-    It is a copy when memory is at its peak, which the norm of half precision would make as well. In fp32 it is made
-    only of a sum's gradient, that all blocks would else get in the wrong format.
-    """
-    if not torch.jit.is_scripting():
-        is_wanted = is_sum or x.dtype in (torch.bfloat16, torch.float16)
-        if is_wanted and x.requires_grad and x.device.type == 'cpu' and not torch.compiler.is_compiling():
-            x.register_hook(_to_fast_format)
-    return x
-
-
-@torch.fx.wrap
-def _gelu(x: torch.Tensor, approximate: str) -> torch.Tensor:
-    """ GELU, on a CPU by oneDNN, which torch calls for contiguous memory only."""
-    if not torch.jit.is_scripting():
-        # graphs that are recorded would keep the permutations
-        is_recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if x.device.type == 'cpu' and not is_recorded and _is_channels_last(x):
-            return F.gelu(x.permute(0, 2, 3, 1), approximate=approximate).permute(0, 3, 1, 2)
-    return F.gelu(x, approximate=approximate)
-
-
-def _has_square_kernels(x: torch.Tensor, size: int) -> bool:
-    """ Whether in channels_last cuDNN has fast depthwise kernels for such features, which are square and small."""
-    is_half = x.dtype == torch.float16 or x.dtype == torch.bfloat16
-    return x.is_cuda and is_half and size % 2 == 1 and size <= 7
-
-
-@torch.fx.wrap
-def _to_square_format(x: torch.Tensor, size: int) -> torch.Tensor:
-    """ Where square kernels are fast, channels_last; elsewhere as given."""
-    if not torch.jit.is_scripting():
-        if _is_transformed():
-            return x
-    if _has_square_kernels(x, size):
-        return x.contiguous(memory_format=torch.channels_last)
-    return x
-
-
-@torch.fx.wrap
-def _axis_weight(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """ Depthwise 1 x k or k x 1 kernels for features, with zeros around them where square kernels are fast."""
-    height, width = weight.shape[2], weight.shape[3]
-    size = max(height, width)
-    if _has_square_kernels(x, size) and _is_channels_last(x):
-        above, before = (size - height) // 2, (size - width) // 2
-        return F.pad(weight, [before, before, above, above])
-    return weight
-
-
-@torch.fx.wrap
-def _row_conv(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
-    """ Depthwise 1 x k convolution with a gradient that is fast on a CPU too.
-
-    There the gradient of 1 x k weights takes many times that of k x 1 ones: every row becomes an image of width 1.
-    """
-    N, C, H, W = x.shape
-    if x.device.type != 'cpu':
-        return F.conv2d(x, _axis_weight(x, weight), bias, padding='same', groups=C)
-    x = x.permute(0, 2, 3, 1).reshape(N * H, W, 1, C).permute(0, 3, 1, 2)
-    x = F.conv2d(x, weight.transpose(2, 3), bias, padding='same', groups=C)
-    return x.permute(0, 2, 3, 1).reshape(N, H, W, C).permute(0, 3, 1, 2)
-
-
-@torch.fx.wrap
-def _pack_segments(x: torch.Tensor, num_segments: int) -> torch.Tensor:
-    """ Images of one segment's channels without a copy: N x s images, or in channels_last s times as wide."""
-    N, C, H, W = x.shape
-    if _is_channels_last(x):
-        return x.permute(0, 2, 3, 1).reshape(N, H, W * num_segments, C // num_segments).permute(0, 3, 1, 2)
-    return x.reshape(N * num_segments, C // num_segments, H, W)
-
-
-@torch.fx.wrap
-def _unpack_segments(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """ The inverse of `_pack_segments`, to the shape of `like`."""
-    N, C, H, W = like.shape
-    if x.shape[0] == N:
-        return x.permute(0, 2, 3, 1).reshape(N, H, W, C).permute(0, 3, 1, 2)
-    return x.reshape(N, C, H, W)
-
-
-@torch.fx.wrap
-def _separate_convs(
-        x: torch.Tensor,
-        weights: List[torch.Tensor],
-        biases: List[torch.Tensor],
-        sizes: List[int],
-) -> torch.Tensor:
-    """ A pointwise convolution for each segment, on a CPU one grouped convolution where the segments are equal."""
-    if x.device.type == 'cpu' and sizes[0] == sizes[-1]:
-        return F.conv2d(x, torch.cat(weights), torch.cat(biases), groups=len(sizes))
-    segments = x.split(sizes, dim=1)
-    return torch.cat([F.conv2d(segments[i], weights[i], biases[i]) for i in range(len(sizes))], dim=1)
-
-
-@torch.fx.wrap
-def _segment(x: torch.Tensor, start: int, size: int) -> torch.Tensor:
-    """ Channels from `start` on, their gradient in channels_last if they are: that of `narrow` alone never is."""
-    if _is_channels_last(x):
-        return x.permute(0, 2, 3, 1).narrow(3, start, size).permute(0, 3, 1, 2)
-    return x.narrow(1, start, size)
-
-
-@torch.fx.wrap
-def _interleave(maps: List[torch.Tensor]) -> torch.Tensor:
-    """ Channels of several tensors in turn: the first of each, the second of each, ..."""
-    if _is_channels_last(maps[0]):
-        return torch.stack([m.permute(0, 2, 3, 1) for m in maps], dim=4).flatten(3).permute(0, 3, 1, 2)
-    return torch.stack(maps, dim=2).flatten(1, 2)
-
-
-class ChannelsLastGELU(nn.GELU):
-    """ GELU, on a CPU as fast in channels_last memory as in contiguous."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _gelu(x, self.approximate)
-
-
-class AxisConv2d(nn.Conv2d):
-    """ Depthwise 1 x k or k x 1 convolution, by whatever is fast for it."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        is_as_made = (
-            str(self.padding) == 'same' and self.padding_mode == 'zeros' and self.stride == (1, 1)
-            and self.dilation == (1, 1) and self.groups == self.in_channels == self.out_channels)
-        if not is_as_made:
-            return self._conv_forward(x, self.weight, self.bias)
-        if self.training and self.kernel_size[0] == 1:
-            return _row_conv(x, self.weight, self.bias)
-        return self._conv_forward(x, _axis_weight(x, self.weight), self.bias)
 
 
 class SegmentMixing(nn.Module):
@@ -377,8 +187,8 @@ class SharedSegmentMixing(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
             # who looks on would see all segments as a batch of more, or of wider, images
-            if _is_pointwise(self.conv, self.segment_dim) and not is_everything_watched():
-                return _unpack_segments(self.conv(_pack_segments(x, self.num_segments)), x)
+            if layers.is_pointwise(self.conv, self.segment_dim) and not layers.is_everything_watched():
+                return layers.unpack_segments(self.conv(layers.pack_segments(x, self.num_segments)), x)
         return torch.cat([self.conv(segment) for segment in x.chunk(self.num_segments, dim=1)], dim=1)
 
 
@@ -394,8 +204,8 @@ class SeparateSegmentMixing(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
             # the weights of several at once are one convolution, that calls none of them
-            if all(map(_is_pointwise, self.convs, self.sizes)) and not is_everything_watched():
-                return _separate_convs(
+            if all(map(layers.is_pointwise, self.convs, self.sizes)) and not layers.is_everything_watched():
+                return layers.separate_convs(
                     x, [conv.weight for conv in self.convs], [conv.bias for conv in self.convs], self.sizes)
         segments = x.split(self.sizes, dim=1)
         maps: List[torch.Tensor] = []
@@ -419,8 +229,9 @@ class SlidingSegmentMixing(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training:
-            return _interleave([self.conv(_segment(x, start, self.kernel_size)) for start in self.starts])
-        return _interleave([self.conv(x.narrow(1, start, self.kernel_size)) for start in self.starts])
+            maps = [self.conv(layers.take_segment(x, start, self.kernel_size)) for start in self.starts]
+            return layers.interleave(maps)
+        return layers.interleave([self.conv(x.narrow(1, start, self.kernel_size)) for start in self.starts])
 
 
 def _create_mixer(
@@ -557,9 +368,9 @@ class SplitMixerBlock(nn.Module):
 
 # Modules that treat every image of a batch by itself in eval mode, BatchNorm where it has running statistics
 INDEPENDENT = [
-    SplitMixerBlock, SegmentMixing, SharedSegmentMixing, SeparateSegmentMixing, SlidingSegmentMixing, AxisConv2d,
-    nn.Sequential, nn.ModuleList, nn.Conv2d, nn.Identity, DropPath, nn.BatchNorm2d, nn.GELU, GELU, ChannelsLastGELU,
-    nn.ReLU]
+    SplitMixerBlock, SegmentMixing, SharedSegmentMixing, SeparateSegmentMixing, SlidingSegmentMixing,
+    layers.AxisConv2d, layers.ChannelsLastGELU, nn.Sequential, nn.ModuleList, nn.Conv2d, nn.Identity, DropPath,
+    nn.BatchNorm2d, nn.GELU, GELU, nn.ReLU]
 PIECE_BYTES = 2**20  # features for each core that blocks take at a time: more leave its cache, less idle it
 
 
@@ -649,7 +460,7 @@ class SplitMixer(nn.Module):
         channel_residual = _flag('channel_residual', channel_residual)
         act_layer = resolve_act_layer(act_layer)
         if act_layer in (nn.GELU, GELU):
-            act_layer = ChannelsLastGELU
+            act_layer = layers.ChannelsLastGELU
         norm_layer = _resolve_norm_layer(norm_layer)
         mixer_args = _check_mixer_args(
             dim, channel_mixing, overlap_ratio, num_segments, alternate_segments, channel_kernel_size, channel_stride)
@@ -677,7 +488,7 @@ class SplitMixer(nn.Module):
             *act_norm(),
         )
         convs = {
-            '1d': ((AxisConv2d, (1, kernel_size)), (AxisConv2d, (kernel_size, 1))),
+            '1d': ((layers.AxisConv2d, (1, kernel_size)), (layers.AxisConv2d, (kernel_size, 1))),
             '2d': ((nn.Conv2d, (kernel_size, kernel_size)),),
             'none': (),
         }[spatial_mixing]
@@ -757,9 +568,9 @@ class SplitMixer(nn.Module):
             self._check_input(x)
         elif self._has_own_stem():
             self._check_input(x)
-        x = self.stem(_to_fast_format(x))
-        x = _to_fast_format(x)  # an image of one channel does not tell its format
-        return _to_square_format(x, self.kernel_size) if self.kernel_size > 1 else x
+        x = self.stem(layers.to_fast_format(x))
+        x = layers.to_fast_format(x)  # an image of one channel does not tell its format
+        return layers.to_square_format(x, self.kernel_size) if self.kernel_size > 1 else x
 
     @torch.jit.ignore
     def _piece_size(self, x: torch.Tensor) -> int:
@@ -770,8 +581,8 @@ class SplitMixer(nn.Module):
         """
         if (
                 torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
-                or isinstance(x, torch.fx.Proxy) or x.device.type != 'cpu' or is_everything_watched()
-                or _count_dispatch_modes()
+                or isinstance(x, torch.fx.Proxy) or x.device.type != 'cpu' or layers.is_everything_watched()
+                or layers.count_dispatch_modes()
         ):
             return 0
         size = max(1, PIECE_BYTES * torch.get_num_threads() * len(x) // max(1, x.nbytes))
@@ -780,7 +591,7 @@ class SplitMixer(nn.Module):
         for module in self.blocks.modules():
             if (
                     type(module) not in INDEPENDENT or module.training
-                    or is_watched(module)
+                    or layers.is_watched(module)
                     or isinstance(module, nn.BatchNorm2d) and module.running_mean is None
             ):
                 return 0
@@ -862,7 +673,7 @@ class SplitMixer(nn.Module):
         if size > 0:
             return torch.cat([self.blocks(piece) for piece in x.split(size)])
         x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
-        return _hold_format(x, self.ends_in_sum)
+        return layers.hold_format(x, self.ends_in_sum)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """ Features (N, dim, H, W) to logits (N, num_classes), or to what enters the classifier."""

@@ -18,7 +18,7 @@ from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from splitmixer_timm import SplitMixer, checkpoint_filter_fn, splitmixer
+from splitmixer_timm import SplitMixer, checkpoint_filter_fn, layers, splitmixer
 from splitmixer_timm.complexity import measure_activation_bytes, measure_complexity
 
 
@@ -460,7 +460,7 @@ class TestMemoryFormat:
     @pytest.mark.parametrize('shape', [(2, 24, 5, 6), (2, 24, 1, 1), (2, 1, 5, 6), (24, 5)])
     @pytest.mark.parametrize('approximate', ['none', 'tanh'])
     def test_gelu_is_the_same_in_any_format(self, approximate, shape):
-        gelu = splitmixer.ChannelsLastGELU(approximate)
+        gelu = layers.ChannelsLastGELU(approximate)
         given = torch.randn(shape, requires_grad=True)
         formats = [given, given.mT.contiguous().mT]
         if given.dim() == 4:
@@ -589,7 +589,7 @@ class TestMemoryFormat:
     @pytest.mark.parametrize('change', [dict(padding_mode='circular'), dict(dilation=(1, 2)), dict(padding=(0, 1))])
     def test_changed_rows_in_train_mode(self, change):
         """ A convolution that was changed in place is what it was changed to in train mode as well."""
-        x, conv = torch.randn(2, 6, 5, 9), splitmixer.AxisConv2d(6, 6, (1, 3), groups=6, padding='same')
+        x, conv = torch.randn(2, 6, 5, 9), layers.AxisConv2d(6, 6, (1, 3), groups=6, padding='same')
         for name, value in change.items():
             setattr(conv, name, value)
         plain = nn.Conv2d(6, 6, (1, 3), groups=6, **{'padding': 'same', **change})
@@ -619,15 +619,15 @@ class TestMemoryFormat:
             return conv2d(x, weight, *args, **kwargs)
 
         def results(has_square_kernels):
-            monkeypatch.setattr(splitmixer, '_has_square_kernels', has_square_kernels)
+            monkeypatch.setattr(layers, '_has_square_kernels', has_square_kernels)
             model.zero_grad()
             y = model(images.double())
             y.square().sum().backward()
             return y, [p.grad for p in model.parameters()]
 
         expected = results(lambda x, size: False)
-        monkeypatch.setattr(splitmixer, '_row_conv', lambda x, weight, bias: F.conv2d(
-            x, splitmixer._axis_weight(x, weight), bias, padding='same', groups=len(weight)))
+        monkeypatch.setattr(layers, '_row_conv', lambda x, weight, bias: F.conv2d(
+            x, layers._axis_weight(x, weight), bias, padding='same', groups=len(weight)))
         monkeypatch.setattr(F, 'conv2d', recorded)
         torch.testing.assert_close(results(lambda x, size: size == 5), expected)
         assert shapes.count((5, 5)) == 4

@@ -1,0 +1,201 @@
+""" What makes a SplitMixer fast without another result: layers and functions that choose how features lie in memory.
+
+Branches on where and how a tensor lies are functions that torch.fx takes as a whole: call them by this module's name
+(`layers.interleave`), for torch.fx does not know a function that was imported from it.
+"""
+from typing import List, Optional
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+__all__ = [
+    'AxisConv2d', 'ChannelsLastGELU', 'count_dispatch_modes', 'hold_format', 'interleave', 'is_everything_watched',
+    'is_pointwise', 'is_watched', 'pack_segments', 'separate_convs', 'take_segment', 'to_fast_format',
+    'to_square_format', 'unpack_segments']
+
+# torch has no public way to ask; without this one vmap would fail, as it does of itself where a format is asked for
+_transform_stack = getattr(torch._C._functorch, 'peek_interpreter_stack', lambda: None)
+count_dispatch_modes = getattr(torch._C, '_len_torch_dispatch_stack', lambda: 0)  # make_fx, counters of operations
+
+
+@torch.jit.ignore
+def _is_transformed() -> bool:
+    """ Whether this runs under a transform of torch.func, whose tensors do not tell how they lie in memory."""
+    return not torch.compiler.is_compiling() and _transform_stack() is not None
+
+
+def is_everything_watched() -> bool:
+    """ Whether somebody hooked on to the calls of all modules."""
+    return bool(
+        torch.nn.modules.module._global_forward_hooks or torch.nn.modules.module._global_forward_pre_hooks
+        or torch.nn.modules.module._global_backward_hooks or torch.nn.modules.module._global_backward_pre_hooks)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """ Whether somebody hooked on to a module, or gave it a forward of its own."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        or 'forward' in module.__dict__)
+
+
+def is_pointwise(conv: nn.Module, size: int) -> bool:
+    """ Whether a module is a plain pointwise convolution of as many channels, that nobody hooked on to."""
+    return (
+        type(conv) is nn.Conv2d and conv.bias is not None and conv.in_channels == conv.out_channels == size
+        and conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
+        and not is_watched(conv))
+
+
+def _is_channels_last(x: torch.Tensor) -> bool:
+    if not torch.jit.is_scripting():
+        if _is_transformed():
+            return False
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
+@torch.fx.wrap
+def to_fast_format(x: torch.Tensor) -> torch.Tensor:
+    """ On a CPU channels_last, which its convolutions of few channels at a time want; elsewhere as given."""
+    if not torch.jit.is_scripting():
+        if _is_transformed():
+            return x
+    if x.device.type == 'cpu':
+        return x.contiguous(memory_format=torch.channels_last)
+    return x
+
+
+@torch.fx.wrap
+def hold_format(x: torch.Tensor, is_sum: bool) -> torch.Tensor:
+    """ Features whose gradient comes in their own format, which pooling's does not.
+
+    It is a copy when memory is at its peak, which the norm of half precision would make as well. In fp32 it is made
+    only of a sum's gradient, that all blocks would else get in the wrong format.
+    """
+    if not torch.jit.is_scripting():
+        is_wanted = is_sum or x.dtype in (torch.bfloat16, torch.float16)
+        if is_wanted and x.requires_grad and x.device.type == 'cpu' and not torch.compiler.is_compiling():
+            x.register_hook(to_fast_format)
+    return x
+
+
+@torch.fx.wrap
+def _gelu(x: torch.Tensor, approximate: str) -> torch.Tensor:
+    """ GELU, on a CPU by oneDNN, which torch calls for contiguous memory only."""
+    if not torch.jit.is_scripting():
+        # graphs that are recorded would keep the permutations
+        is_recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if x.device.type == 'cpu' and not is_recorded and _is_channels_last(x):
+            return F.gelu(x.permute(0, 2, 3, 1), approximate=approximate).permute(0, 3, 1, 2)
+    return F.gelu(x, approximate=approximate)
+
+
+def _has_square_kernels(x: torch.Tensor, size: int) -> bool:
+    """ Whether in channels_last cuDNN has fast depthwise kernels for such features, which are square and small."""
+    is_half = x.dtype == torch.float16 or x.dtype == torch.bfloat16
+    return x.is_cuda and is_half and size % 2 == 1 and size <= 7
+
+
+@torch.fx.wrap
+def to_square_format(x: torch.Tensor, size: int) -> torch.Tensor:
+    """ Where square kernels are fast, channels_last; elsewhere as given."""
+    if not torch.jit.is_scripting():
+        if _is_transformed():
+            return x
+    if _has_square_kernels(x, size):
+        return x.contiguous(memory_format=torch.channels_last)
+    return x
+
+
+@torch.fx.wrap
+def _axis_weight(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """ Depthwise 1 x k or k x 1 kernels for features, with zeros around them where square kernels are fast."""
+    height, width = weight.shape[2], weight.shape[3]
+    size = max(height, width)
+    if _has_square_kernels(x, size) and _is_channels_last(x):
+        above, before = (size - height) // 2, (size - width) // 2
+        return F.pad(weight, [before, before, above, above])
+    return weight
+
+
+@torch.fx.wrap
+def _row_conv(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
+    """ Depthwise 1 x k convolution with a gradient that is fast on a CPU too.
+
+    There the gradient of 1 x k weights takes many times that of k x 1 ones: every row becomes an image of width 1.
+    """
+    N, C, H, W = x.shape
+    if x.device.type != 'cpu':
+        return F.conv2d(x, _axis_weight(x, weight), bias, padding='same', groups=C)
+    x = x.permute(0, 2, 3, 1).reshape(N * H, W, 1, C).permute(0, 3, 1, 2)
+    x = F.conv2d(x, weight.transpose(2, 3), bias, padding='same', groups=C)
+    return x.permute(0, 2, 3, 1).reshape(N, H, W, C).permute(0, 3, 1, 2)
+
+
+@torch.fx.wrap
+def pack_segments(x: torch.Tensor, num_segments: int) -> torch.Tensor:
+    """ Images of one segment's channels without a copy: N x s images, or in channels_last s times as wide."""
+    N, C, H, W = x.shape
+    if _is_channels_last(x):
+        return x.permute(0, 2, 3, 1).reshape(N, H, W * num_segments, C // num_segments).permute(0, 3, 1, 2)
+    return x.reshape(N * num_segments, C // num_segments, H, W)
+
+
+@torch.fx.wrap
+def unpack_segments(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """ The inverse of `pack_segments`, to the shape of `like`."""
+    N, C, H, W = like.shape
+    if x.shape[0] == N:
+        return x.permute(0, 2, 3, 1).reshape(N, H, W, C).permute(0, 3, 1, 2)
+    return x.reshape(N, C, H, W)
+
+
+@torch.fx.wrap
+def separate_convs(
+        x: torch.Tensor,
+        weights: List[torch.Tensor],
+        biases: List[torch.Tensor],
+        sizes: List[int],
+) -> torch.Tensor:
+    """ A pointwise convolution for each segment, on a CPU one grouped convolution where the segments are equal."""
+    if x.device.type == 'cpu' and sizes[0] == sizes[-1]:
+        return F.conv2d(x, torch.cat(weights), torch.cat(biases), groups=len(sizes))
+    segments = x.split(sizes, dim=1)
+    return torch.cat([F.conv2d(segments[i], weights[i], biases[i]) for i in range(len(sizes))], dim=1)
+
+
+@torch.fx.wrap
+def take_segment(x: torch.Tensor, start: int, size: int) -> torch.Tensor:
+    """ Channels from `start` on, their gradient in channels_last if they are: that of `narrow` alone never is."""
+    if _is_channels_last(x):
+        return x.permute(0, 2, 3, 1).narrow(3, start, size).permute(0, 3, 1, 2)
+    return x.narrow(1, start, size)
+
+
+@torch.fx.wrap
+def interleave(maps: List[torch.Tensor]) -> torch.Tensor:
+    """ Channels of several tensors in turn: the first of each, the second of each, ..."""
+    if _is_channels_last(maps[0]):
+        return torch.stack([m.permute(0, 2, 3, 1) for m in maps], dim=4).flatten(3).permute(0, 3, 1, 2)
+    return torch.stack(maps, dim=2).flatten(1, 2)
+
+
+class ChannelsLastGELU(nn.GELU):
+    """ GELU, on a CPU as fast in channels_last memory as in contiguous."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _gelu(x, self.approximate)
+
+
+class AxisConv2d(nn.Conv2d):
+    """ Depthwise 1 x k or k x 1 convolution, by whatever is fast for it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        is_as_made = (
+            str(self.padding) == 'same' and self.padding_mode == 'zeros' and self.stride == (1, 1)
+            and self.dilation == (1, 1) and self.groups == self.in_channels == self.out_channels)
+        if not is_as_made:
+            return self._conv_forward(x, self.weight, self.bias)
+        if self.training and self.kernel_size[0] == 1:
+            return _row_conv(x, self.weight, self.bias)
+        return self._conv_forward(x, _axis_weight(x, self.weight), self.bias)
