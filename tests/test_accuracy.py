@@ -62,7 +62,7 @@ def test_whole_official_test_set(test_set, monkeypatch):
     assert compared[0].half is None or 0 < compared[0].other <= 50
 
 
-def test_full_precision(test_set, monkeypatch):
+def test_full_precision(tmp_path, monkeypatch):
     """ No TF32, which torch allows convolutions on CUDA by itself; afterwards all is as it was."""
     def precisions():
         return torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
@@ -71,13 +71,14 @@ def test_full_precision(test_set, monkeypatch):
         seen.append(precisions())
         return torch.zeros(len(x), 10)
 
+    images = real_images('cifar10', tmp_path / 'cifar10', 5, ('validation',)) / 'validation'
     monkeypatch.setattr(SplitMixer, 'forward', answer)
     before, asked = precisions(), torch.get_float32_matmul_precision()
     try:
         for precision in ('highest', 'high'):
             torch.set_float32_matmul_precision(precision)
             now, seen = precisions(), []
-            evaluate(NAME, test_set, batch_size=5000)
+            evaluate(NAME, images)
             assert set(seen) == {('ieee', 'ieee')}
             assert precisions() == now
             assert torch.get_float32_matmul_precision() == precision

@@ -7,6 +7,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+from splitmixer_timm.run import main
+
 SCRIPT = """
 import sys, timm, helper
 print(__name__, sys.argv[1:], timm.is_model('splitmixer_i_256_8'), helper.VALUE)
@@ -59,24 +61,25 @@ def test_under_torchrun(script):
 
 
 @pytest.mark.parametrize('content', [b'not python {', b'\x00\xff\xfe', None])
-def test_no_script(tmp_path, content):
+def test_no_script(tmp_path, content, capsys):
     path = tmp_path / 'script.py'
     if content is not None:
         path.write_bytes(content)
-    done = run(path)
-    assert done.returncode == 2
-    assert done.stdout == ''
-    assert done.stderr.startswith('splitmixer_timm.run: error: ')
-    assert str(path) in done.stderr
-    assert done.stderr.count('\n') == 1
+    assert main([str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ''
+    assert err.startswith('splitmixer_timm.run: error: ')
+    assert str(path) in err
+    assert err.count('\n') == 1
 
 
-def test_folder_and_help(tmp_path):
-    assert 'cannot read script' in run(tmp_path).stderr
-    assert run().returncode == 2
-    done = run('--help')
-    assert done.returncode == 0
-    assert 'SCRIPT [ARGS...]' in done.stdout
+def test_folder_and_help(tmp_path, capsys):
+    assert main([str(tmp_path)]) == 2
+    assert 'cannot read script' in capsys.readouterr().err
+    assert main([]) == 2
+    assert 'SCRIPT [ARGS...]' in capsys.readouterr().err
+    assert main(['--help']) == 0
+    assert 'SCRIPT [ARGS...]' in capsys.readouterr().out
 
 
 def test_which_timm(tmp_path, script):

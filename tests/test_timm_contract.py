@@ -33,8 +33,8 @@ def small(name, **kwargs):
     return model, torch.randn(2, getattr(model, 'in_chans', 3), 4 * patch, 5 * patch + 1)
 
 
-def tiny(kind, **kwargs):
-    return SplitMixer(18, 4, channel_mixing=kind, kernel_size=3, num_classes=7, **kwargs).eval()
+def tiny(kind, depth=4):
+    return SplitMixer(18, depth, channel_mixing=kind, kernel_size=3, num_classes=7).eval()
 
 
 @pytest.mark.parametrize('name', ALL_MODELS)
@@ -263,22 +263,25 @@ class TestScript:
 class TestCompile:
     def test_fullgraph(self, kind, images):
         """ One graph without a break, forward and backward."""
-        model = tiny(kind).train()
+        model = tiny(kind, depth=2).train()
         torch._dynamo.reset()
         compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
         expected = torch.autograd.grad(model(images).square().sum(), list(model.parameters()))
         actual = torch.autograd.grad(compiled(images).square().sum(), list(model.parameters()))
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
-    @pytest.mark.skipif(
-        not (shutil.which(os.environ.get('CXX', 'g++')) and Path(sysconfig.get_path('include'), 'Python.h').is_file()),
-        reason="torch's inductor needs a C++ compiler and Python's headers")
-    def test_inductor(self, kind, images):
-        model = tiny(kind)
-        torch._dynamo.reset()
-        with torch.no_grad():
-            compiled = torch.compile(model, fullgraph=True)
-            torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-5)
+
+@pytest.mark.compile
+@pytest.mark.skipif(
+    not (shutil.which(os.environ.get('CXX', 'g++')) and Path(sysconfig.get_path('include'), 'Python.h').is_file()),
+    reason="torch's inductor needs a C++ compiler and Python's headers")
+@pytest.mark.parametrize('kind', ['i', 'iii', '3d'])  # one segment, all in one product, segments that interleave
+def test_inductor(kind, images):
+    model = tiny(kind, depth=2)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True)
+        torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.export
@@ -286,7 +289,7 @@ class TestCompile:
 class TestExport:
     def test_torch_export(self, kind, images):
         """ Batch, height and width stay free."""
-        model = tiny(kind)
+        model = tiny(kind, depth=2)
         dims = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
         program = torch.export.export(model, (images,), dynamic_shapes=(dims,))
         with torch.no_grad():
@@ -297,7 +300,7 @@ class TestExport:
         """ Opset 18, dynamic batch, outputs equal under onnxruntime."""
         onnx = pytest.importorskip('onnx', reason='needs the extra export')
         onnxruntime = pytest.importorskip('onnxruntime', reason='needs the extra export')
-        model = tiny(kind)
+        model = tiny(kind, depth=2)
         path = tmp_path / 'model.onnx'
         torch.onnx.export(
             model, (images,), path, opset_version=18, dynamo=True, external_data=False, verbose=False,
