@@ -42,6 +42,7 @@ from . import __version__, manifest
 from .card import DATASETS, merge_cards, model_card
 from .hub_errors import HubError, TransportError, checked_token, explained, within
 from .paper import top1 as paper_top1
+from .pretrained import HUB_FILENAME, check_download, weights_file
 from .runs import (
     HUB_SCHEMES,
     checkpoint_epoch,
@@ -58,7 +59,7 @@ __all__ = ['HubError', 'Release', 'pull_from_hub', 'push_to_hub']
 
 _logger = logging.getLogger(__name__)
 
-CONFIG, WEIGHTS, CARD, ARGS, SUMMARY = 'config.json', manifest.HUB_FILENAME, 'README.md', 'args.yaml', 'summary.csv'
+CONFIG, WEIGHTS, CARD, ARGS, SUMMARY = 'config.json', HUB_FILENAME, 'README.md', 'args.yaml', 'summary.csv'
 _LIBRARY = dict(library_name='splitmixer_timm', library_version=__version__)
 _REACH_SECONDS = 10.  # before the Hub counts as out of reach
 _METRICS = ('top1', 'top5')
@@ -302,7 +303,7 @@ def _of_the_zoo(name: str, model: nn.Module, **given) -> Release:
     is_test = entry['metrics']['images'] == DATASETS[dataset].test
     files = {
         # the very file, so that the manifest's sha256 is that of what is published
-        WEIGHTS: manifest.weights_file(name),
+        WEIGHTS: weights_file(name),
         ARGS: manifest.WEIGHTS_DIR / training['args'], SUMMARY: manifest.WEIGHTS_DIR / training['summary'],
     }
     release = Release(**{
@@ -620,7 +621,7 @@ def download(
         kwargs['local_files_only'] = local_files_only
         folder = Path(hf_hub_download(repo_id, CONFIG, revision=revision, **kwargs)).parent
         kwargs['revision'] = folder.name  # the commit, so that the files are of one
-        manifest.check_download(hf_hub_download(repo_id, WEIGHTS, **kwargs))
+        check_download(hf_hub_download(repo_id, WEIGHTS, **kwargs))
         for name in optional:
             try:
                 hf_hub_download(repo_id, name, **kwargs)

@@ -870,8 +870,10 @@ def create_variant(model_cls: Type[nn.Module], variant: str, pretrained: bool = 
     # with another number of classes timm would load whatever fits
     filter_fn = partial(checkpoint_filter_fn, strict=kwargs.get('pretrained_strict', True))
     if pretrained:
+        from .pretrained import checked_overlay  # knows the Hub, of which the architecture knows nothing
+
         pretrained_cfg, overlay = kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay')
-        overlay = manifest.checked_overlay(variant, pretrained_cfg, overlay, kwargs.get('cache_dir'))
+        overlay = checked_overlay(variant, pretrained_cfg, overlay, kwargs.get('cache_dir'))
         if (overlay.get('num_classes') or 0) < 0:
             # train.py's --pretrained-path: a head of its own, whatever the file's; a model's default is ImageNet's 1000
             kwargs.setdefault('num_classes', resolve_pretrained_cfg(variant, pretrained_cfg).num_classes)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import get_pretrained_cfg
 
-from splitmixer_timm import manifest, splitmixer
+from splitmixer_timm import manifest, pretrained, splitmixer
 from splitmixer_timm.card import DATASETS
 from splitmixer_timm.runs import finished_epochs, read_summary
 
@@ -207,7 +207,7 @@ class TestDamaged:
     @pytest.mark.parametrize('name', [NAME, 'splitmixer_i_256_8'])
     def test_weights_file(self, name):
         """ Of the default tag where none is given."""
-        assert manifest.weights_file(name) == manifest.bundled_file(NAME)
+        assert pretrained.weights_file(name) == manifest.bundled_file(NAME)
 
     def test_own_file_is_truncated(self, zoo, tmp_path):
         path = tmp_path / 'own.safetensors'
@@ -272,7 +272,7 @@ class TestPublished:
             asked.append((model_id, filename, cache_dir))
             return str(zoo.file)
 
-        monkeypatch.setattr(manifest, 'download_from_hf', download_from_hf)
+        monkeypatch.setattr(pretrained, 'download_from_hf', download_from_hf)
         zoo.publish(**where)
         zoo.check(zoo.create(cache_dir=tmp_path))
         assert asked == [(expected, 'model.safetensors', tmp_path)]
@@ -309,7 +309,7 @@ class TestPublished:
             assert (model_id, filename) == ('me/mine', 'model.safetensors')
             return str(tmp_path / 'mine.safetensors')
 
-        monkeypatch.setattr(manifest, 'download_from_hf', download_from_hf)
+        monkeypatch.setattr(pretrained, 'download_from_hf', download_from_hf)
         zoo.publish(**zoo_is_at)
         model = zoo.create(cache_dir=tmp_path / 'cache', pretrained_cfg_overlay={callers: dict(
             url=f'{server.url}/mine.pth', hf_hub_id='me/mine', file=str(tmp_path / 'mine.safetensors'),
