@@ -86,8 +86,8 @@ def planned_epochs(run_args: Dict[str, Any], images: int = 0) -> int:
 def latest_part(run_dir: Path) -> Tuple[float, str]:
     """ Seconds of the latest part of a run to its last checkpoint, and the date of that.
 
-    As `train_zoo` saw it, for times of files get lost when a folder is copied; by those of a run by hand, or where
-    what drove it was ended before.
+    As `train_zoo` recorded it, since the times of files are lost when a folder is copied; by those times for a run
+    started by hand, or one whose driver was ended first.
     """
     started, finished = ((run_dir / name).stat().st_mtime for name in ('args.yaml', 'last.pth.tar'))
     seconds, date = max(0., finished - started), datetime.date.fromtimestamp(finished).isoformat()

@@ -178,8 +178,8 @@ def model_card(
         title: What to call it.
         source: What `timm.create_model` takes to load it.
         cfg: Its pretrained cfg, with the preprocessing and number of classes that are its own.
-        metrics: Measured 'top1' and 'top5' in percent, and how many 'images' they were measured on and how
-            ('split', 'measured_by').
+        metrics: Measured 'top1' and 'top5' in percent, how many 'images' they were measured on and how ('split',
+            'measured_by'), and 'seeds', from each seed to its top-1.
         dataset: What it was trained on: one of `DATASETS`, an id of the Hub, or any name.
         training: How it was trained, in the manifest's terms.
         arguments: Arguments in which it differs from the architecture as it is registered.

@@ -249,7 +249,6 @@ class FusedModel(nn.Module):
                 setattr(self, name, copy.deepcopy(getattr(model, name)))
         for name in ('global_pool', 'head_drop', 'head'):
             setattr(self, name, copy.deepcopy(getattr(model, name)).to(dtype).requires_grad_(False))
-        super().train(False)
 
     forward_head = SplitMixer.forward_head
 

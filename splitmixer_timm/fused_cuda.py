@@ -19,7 +19,7 @@ __all__ = ['FusedSplitMixer', 'build']
 
 MAX_GRAPHS = 8
 
-_launching = threading.RLock()  # Triton's launcher of kernels that it measures is not made for several threads
+_launching = threading.RLock()  # Triton's autotuner is not made for several threads
 
 
 def _stack(*rows: torch.Tensor) -> torch.Tensor:
@@ -244,8 +244,6 @@ def build(model: SplitMixer, dtype: torch.dtype) -> FusedSplitMixer:
         raise Unsupported('torch without Triton')
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise Unsupported(f'{dtype} on CUDA')
-    if not isinstance(model, SplitMixer):
-        raise Unsupported(f'model {type(model).__name__}')
     check_supported(model)
     device = model.stem[0].weight.device
     if device.type == 'cuda':

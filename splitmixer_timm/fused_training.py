@@ -377,7 +377,7 @@ class FusedBlock(SplitMixerBlock):
         return x + self.drop_path(y) if self.channel_residual and is_dropped else y
 
 
-# in eval mode they are what they were made of
+# in eval mode they compute what their base classes do
 STEMS.append(FusedStem)
 BLOCKS.append(FusedBlock)
 INDEPENDENT.append(FusedBlock)

@@ -170,7 +170,8 @@ class Release:
 
     Attributes:
         model: Model from `timm.create_model`.
-        metrics: Measured 'top1' and 'top5' in percent, on how many 'images' of which 'split', 'measured_by' what.
+        metrics: Measured 'top1' and 'top5' in percent, on how many 'images' of which 'split', 'measured_by' what, and
+            'seeds', from at least two seeds to the top-1 of each.
         dataset: What it was trained on: a name of `splitmixer_timm.card.DATASETS`, an id of the Hub, or any other name.
         label_names: Class names in label order.
         data_config: Preprocessing: input_size, interpolation, mean, std, crop_pct, crop_mode.
@@ -457,7 +458,7 @@ def folder_release(
 
 @contextmanager
 def _new_branch(api: HfApi, repo_id: str, branch: str) -> Iterator[str]:
-    """ A branch, given by its commit, that goes again if what is done with it fails and nobody else committed to it."""
+    """ Make a branch and yield its commit; it is deleted if the body fails and nobody else has committed to it."""
     api.create_branch(repo_id, branch=branch)
     made_from = None
     try:
@@ -541,7 +542,8 @@ def push_to_hub(
     Args:
         model: Model of this package from `timm.create_model`, as it is or wrapped (compiled, DDP, EMA).
         repo_id: 'USER/NAME', made if it does not exist.
-        metrics: 'top1' and 'top5' in percent, on how many 'images' of which 'split', 'measured_by' what.
+        metrics: 'top1' and 'top5' in percent, on how many 'images' of which 'split', 'measured_by' what, and 'seeds',
+            from at least two seeds to the top-1 of each.
         dataset: What it was trained on: a name of `splitmixer_timm.card.DATASETS`, an id of the Hub, or any other name.
         private: Whether a new repository is private; if None as the Hub has it: public, but for organisations that
             have chosen otherwise.

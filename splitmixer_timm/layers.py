@@ -14,7 +14,7 @@ __all__ = [
     'is_pointwise', 'is_watched', 'pack_segments', 'separate_convs', 'take_segment', 'to_fast_format',
     'to_square_format', 'unpack_segments']
 
-# torch has no public way to ask; without this one vmap would fail, as it does of itself where a format is asked for
+# torch has no public way to ask this; without the answer vmap fails where the memory format is asked for
 _transform_stack = getattr(torch._C._functorch, 'peek_interpreter_stack', lambda: None)
 count_dispatch_modes = getattr(torch._C, '_len_torch_dispatch_stack', lambda: 0)  # make_fx, counters of operations
 
@@ -67,10 +67,10 @@ def to_fast_format(x: torch.Tensor) -> torch.Tensor:
 
 @torch.fx.wrap
 def hold_format(x: torch.Tensor, is_sum: bool) -> torch.Tensor:
-    """ Features whose gradient comes in their own format, which pooling's does not.
+    """ Features whose gradient is put in channels_last, since pooling gives it in another format.
 
-    It is a copy when memory is at its peak, which the norm of half precision would make as well. In fp32 it is made
-    only of a sum's gradient, that all blocks would else get in the wrong format.
+    The copy is made when memory use is at its peak. In half precision the norm would make it anyway; in fp32 it pays
+    only where the features are a sum, whose gradient reaches every block.
     """
     if not torch.jit.is_scripting():
         is_wanted = is_sum or x.dtype in (torch.bfloat16, torch.float16)

@@ -62,7 +62,7 @@ def read_stdin(stream: BinaryIO) -> List[ImageSource]:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """ The image as it is, but for one of more than 8 bits a pixel, of which Pillow would cut off what is above 255."""
+    """ The image, one of more than 8 bits a pixel scaled down to 8, where Pillow would clip at 255."""
     if image.mode == 'F':
         raise OSError('an image of floating point numbers, of which white may be any')
     if image.mode.startswith('I'):

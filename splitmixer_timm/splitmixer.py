@@ -54,7 +54,7 @@ _NORM_LAYERS = {
     for name in (
         'batchnorm2d', 'layernorm2d', 'layernorm2dfp32', 'rmsnorm2d', 'rmsnorm2dfp32', 'groupnorm', 'groupnorm1')
 }
-# of as many features as an image is wide, these would take a row for the channels, and say nothing
+# Norms over the last dimension: of features as wide as `dim` they would normalise the wrong axis, without an error.
 _LAST_DIM_NORMS = {
     nn.LayerNorm, nn.RMSNorm,
     *(get_norm_layer(name) for name in (
@@ -110,6 +110,7 @@ def _choice(name: str, value: Any, choices: Tuple[str, ...]) -> str:
 
 
 def resolve_act_layer(act_layer: Union[str, Callable[..., nn.Module]]) -> Callable[..., nn.Module]:
+    """ Activation of that name, or the one that is given; a ValueError if it is neither."""
     try:
         layer = get_act_layer(act_layer)
     except KeyError:
@@ -282,7 +283,7 @@ def _check_mixer_args(
     segments = _integer('num_segments', num_segments, low=2)
     alternate = _flag('alternate_segments', alternate_segments)
 
-    # an argument that the type of mixing does not have must not pass as if it had been heard
+    # refuse an argument that this type of mixing would ignore
     for name, is_given, kinds in (
             ('overlap_ratio', ratio != 2 / 3, ('i', 'v')),
             ('num_segments', segments != 2, ('ii', 'iii', 'iv')),
@@ -356,7 +357,7 @@ class SplitMixerBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # no name but x, which would keep a tensor alive that is done with
+        # x is rebound: a second name would keep the previous tensor alive
         if self.spatial_residual:
             x = x + self.drop_path(self.spatial_mixing(x))
         else:
@@ -371,7 +372,7 @@ INDEPENDENT = [
     SplitMixerBlock, SegmentMixing, SharedSegmentMixing, SeparateSegmentMixing, SlidingSegmentMixing,
     layers.AxisConv2d, layers.ChannelsLastGELU, nn.Sequential, nn.ModuleList, nn.Conv2d, nn.Identity, DropPath,
     nn.BatchNorm2d, nn.GELU, GELU, nn.ReLU]
-PIECE_BYTES = 2**20  # features for each core that blocks take at a time: more leave its cache, less idle it
+PIECE_BYTES = 2**20  # of features per core and piece: more leaves the cache, less leaves cores idle
 
 
 class SplitMixer(nn.Module):
@@ -404,7 +405,7 @@ class SplitMixer(nn.Module):
         channel_residual: Add the input of channel mixing to its output.
         in_chans: Number of input channels.
         num_classes: Number of classes, 0 for no classifier.
-        global_pool: Type of global pooling, '' for none.
+        global_pool: Type of global pooling: 'avg', 'max', 'avgmax', 'catavgmax', or '' for none.
         drop_rate: Dropout rate before the classifier.
         drop_path_rate: Stochastic depth rate of the residual branches, growing linearly over the blocks to this.
         act_layer: Activation, a module class or timm's name for one.
@@ -414,7 +415,7 @@ class SplitMixer(nn.Module):
 
     Raises:
         ValueError: If an argument is out of range or of the wrong kind, is one that the type of channel mixing does not
-            have, or asks for a residual, or for stochastic depth of one, that there is not.
+            have, or asks for a residual branch, or stochastic depth of one, that the blocks do not have.
     """
 
     def __init__(
@@ -534,7 +535,12 @@ class SplitMixer(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """ Replace the classifier (0 classes: remove it) and, if given, the pooling."""
+        """ Replace the classifier and, if given, the pooling.
+
+        Args:
+            num_classes: Number of classes, 0 for no classifier.
+            global_pool: Type of global pooling, '' for none; None leaves it as it is.
+        """
         dd = get_device_dtype(self)
         self.num_classes = num_classes
         if global_pool is not None:
@@ -545,7 +551,7 @@ class SplitMixer(nn.Module):
         self.head.train(self.training)
 
     def _has_own_stem(self) -> bool:
-        """ Whether the patch embedding is as it was made: another says itself what it takes."""
+        """ Whether the patch embedding is the original: one in its place checks its own input."""
         conv = self.stem[0] if isinstance(self.stem, nn.Sequential) and len(self.stem) else None
         return type(conv) is nn.Conv2d and (conv.in_channels, conv.kernel_size, conv.padding) == (
             self.in_chans, (self.patch_size, self.patch_size), (0, 0))
@@ -557,7 +563,7 @@ class SplitMixer(nn.Module):
         got_height, got_width = '', ''
         if torch.jit.is_scripting():
             got_height, got_width = f', got {height}', f', got {width}'
-        elif not torch.compiler.is_compiling():  # what names a size is compiled for that size alone
+        elif not torch.compiler.is_compiling():  # a message with a size would specialise the graph to it
             got_height, got_width = f', got {height}', f', got {width}'
         _assert(height >= patch, f'Input height must be at least patch_size={patch}{got_height}.')
         _assert(width >= patch, f'Input width must be at least patch_size={patch}{got_width}.')
@@ -618,6 +624,9 @@ class SplitMixer(nn.Module):
 
         Returns:
             Features (N, dim, H / stride, W / stride) and list of intermediate features or just the latter.
+
+        Raises:
+            AssertionError: If `output_fmt` is another.
         """
         assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
         intermediates = []
@@ -737,14 +746,14 @@ def checkpoint_filter_fn(
 
     Takes this package's own names, the published package's (types I to V, 3D and the ConvMixer baselines), the flat
     sequence of the paper's slides and timm's ConvMixer, with or without a `module.` prefix, bare or inside a training
-    checkpoint (`state_dict_ema` is preferred to `state_dict`). Types II and III of two segments have the same names and
-    shapes: which of them a checkpoint is of, it does not tell.
+    checkpoint (`state_dict_ema` is preferred to `state_dict`). With two segments, types II and III have the same names
+    and shapes: a checkpoint does not tell them apart.
 
     Args:
         state_dict: Checkpoint.
         model: `SplitMixer`, or timm's `ConvMixer`, of the same architecture.
-        strict: Of this package's own names too, none but the classifier's may be missing or left over; otherwise that
-            is up to `load_state_dict`.
+        strict: Also refuse a checkpoint with this package's own names if modules other than the classifier are missing
+            or left over; if False, `load_state_dict` decides.
 
     Returns:
         State dict for `model.load_state_dict`.
@@ -865,9 +874,9 @@ def create_variant(model_cls: Type[nn.Module], variant: str, pretrained: bool = 
         RuntimeError: If there are no weights, or the file is not the one in the manifest.
     """
     out_indices = kwargs.pop('out_indices', 3)
-    if kwargs.get('in_chans') is not None:  # timm counts with it where it adapts weights
+    if kwargs.get('in_chans') is not None:  # timm computes with it where it adapts weights
         kwargs['in_chans'] = _integer('in_chans', kwargs['in_chans'], 1)
-    # with another number of classes timm would load whatever fits
+    # with another number of classes timm loads what fits and drops the rest
     filter_fn = partial(checkpoint_filter_fn, strict=kwargs.get('pretrained_strict', True))
     if pretrained:
         from .pretrained import checked_overlay  # knows the Hub, of which the architecture knows nothing

@@ -80,7 +80,7 @@ REPORT_SECONDS = 60.  # where there is no terminal for a progress bar
 KEEP_MEMORY = {'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': str(sys.maxsize)}
 RECIPES_PRECISION = 'amp_dtype float16'  # where nothing is said of it
 SHARED_SPACE = 2**30  # bytes for images that runs share, and for the batches that data loaders hand over beside them
-LOCK_SECONDS = 10.  # data loaders outlive by that much a train.py that was killed
+LOCK_SECONDS = 10.  # data loaders outlive a train.py that was killed by up to this long
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,6 @@
 """ The paper's networks of benchmarks/plain.py, and weights that tell them apart. """
-import sys
-from pathlib import Path
-
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'benchmarks'))
-from plain import Package, Package3d, flat, plain_model  # noqa: E402, F401
+from plain import Package, Package3d, flat, plain_model  # noqa: F401
 
 
 @torch.no_grad()

@@ -4,19 +4,16 @@ import io
 import sys
 from fractions import Fraction
 
+import complexity
 import pytest
+import report
 import timm
 import torch
-from conftest import ROOT
 from torch import nn
 
 from splitmixer_timm.benchmark import build_model
 from splitmixer_timm.complexity import measure_activation_bytes, measure_complexity
 from splitmixer_timm.paper import TABLE3
-
-sys.path.insert(0, str(ROOT / 'benchmarks'))
-import complexity  # noqa: E402
-import report  # noqa: E402
 
 with open(complexity.PATH, encoding='utf-8', newline='') as f:
     ROWS = list(csv.DictReader(f))

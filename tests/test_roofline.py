@@ -1,19 +1,14 @@
 """ benchmarks/roofline.py: the least work of each operation, and where the time goes. """
-import sys
-
 import pytest
+import report
+import roofline
 import timm
 import torch
-from conftest import ROOT
 from torch import nn
 
 from splitmixer_timm import fused_cpu
 from splitmixer_timm.benchmark import Settings, build_model, make_images
 from splitmixer_timm.complexity import measure_complexity
-
-sys.path.insert(0, str(ROOT / 'benchmarks'))
-import report  # noqa: E402
-import roofline  # noqa: E402
 
 CPU = torch.device('cpu')
 TINY = Settings(batch_size=2, img_size=28, batches=1)
