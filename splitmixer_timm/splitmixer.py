@@ -908,6 +908,7 @@ def create_variant(model_cls: Type[nn.Module], variant: str, pretrained: bool = 
 def _register_variant(variant: str, model_args: Dict[str, Any]) -> Callable[..., SplitMixer]:
     """ Entry point of a variant of the table, as timm's registry wants it: a function of this module by that name."""
     def entrypoint(pretrained: bool = False, **kwargs) -> SplitMixer:
+        # looked up at each call: `train_fused` puts its own in its place
         return create_variant(SplitMixer, variant, pretrained, **{**model_args, **kwargs})
 
     entrypoint.__name__ = entrypoint.__qualname__ = variant
