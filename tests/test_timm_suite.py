@@ -45,7 +45,8 @@ def suite(tmp_path_factory):
 @pytest.mark.timeout(1800)
 def test_models(suite):
     report = suite / 'report.xml'
-    wanted = ' or '.join(f'{name}]' for name in WHOLE) + ' or (splitmixer_ or convmixer_256_8) and default_cfgs_non_std'
+    wanted = ' or '.join(f'{name}]' for name in WHOLE)
+    wanted += ' or (splitmixer_ or convmixer_256_8) and (default_cfgs_non_std or load_pretrained)'
     done = subprocess.run([
         sys.executable, '-m', 'pytest', '-p', 'splitmixer_timm', 'tests/test_models.py', '-q', '-k', wanted,
         f'--junitxml={report}', '-o', 'junit_family=xunit2',
