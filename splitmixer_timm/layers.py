@@ -10,9 +10,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 __all__ = [
-    'AxisConv2d', 'ChannelsLastGELU', 'count_dispatch_modes', 'hold_format', 'interleave', 'is_everything_watched',
-    'is_pointwise', 'is_watched', 'pack_segments', 'separate_convs', 'take_segment', 'to_fast_format',
-    'to_square_format', 'unpack_segments']
+    'AxisConv2d', 'ChannelsLastGELU', 'count_dispatch_modes', 'has_known_size', 'hold_format', 'interleave',
+    'is_everything_watched', 'is_pointwise', 'is_watched', 'pack_segments', 'separate_convs', 'take_segment',
+    'to_fast_format', 'to_square_format', 'unpack_segments',
+]
 
 # torch has no public way to ask this; without the answer vmap fails where the memory format is asked for
 _transform_stack = getattr(torch._C._functorch, 'peek_interpreter_stack', lambda: None)
@@ -52,6 +53,16 @@ def _is_channels_last(x: torch.Tensor) -> bool:
         if _is_transformed():
             return False
     return x.is_contiguous(memory_format=torch.channels_last)
+
+
+def has_known_size(x: torch.Tensor) -> bool:
+    """ Whether height and width of features are numbers: inductor cannot order the strides of views by those that it
+    compiles for any size."""
+    if not torch.jit.is_scripting():
+        if torch.compiler.is_compiling():
+            known = torch.fx.experimental.symbolic_shapes.statically_known_true
+            return known(x.shape[2] < 2**62) and known(x.shape[3] < 2**62)
+    return True
 
 
 @torch.fx.wrap
@@ -125,7 +136,7 @@ def _row_conv(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor
     There the gradient of 1 x k weights takes many times that of k x 1 ones: every row becomes an image of width 1.
     """
     N, C, H, W = x.shape
-    if x.device.type != 'cpu':
+    if x.device.type != 'cpu' or not has_known_size(x):
         return F.conv2d(x, _axis_weight(x, weight), bias, padding='same', groups=C)
     x = x.permute(0, 2, 3, 1).reshape(N * H, W, 1, C).permute(0, 3, 1, 2)
     x = F.conv2d(x, weight.transpose(2, 3), bias, padding='same', groups=C)

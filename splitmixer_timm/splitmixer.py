@@ -188,7 +188,8 @@ class SharedSegmentMixing(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
             # who looks on would see all segments as a batch of more, or of wider, images
-            if layers.is_pointwise(self.conv, self.segment_dim) and not layers.is_everything_watched():
+            is_alone = layers.is_pointwise(self.conv, self.segment_dim) and not layers.is_everything_watched()
+            if is_alone and layers.has_known_size(x):
                 return layers.unpack_segments(self.conv(layers.pack_segments(x, self.num_segments)), x)
         return torch.cat([self.conv(segment) for segment in x.chunk(self.num_segments, dim=1)], dim=1)
 

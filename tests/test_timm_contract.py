@@ -271,10 +271,13 @@ class TestCompile:
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.compile
-@pytest.mark.skipif(
+INDUCTOR = pytest.mark.skipif(
     not (shutil.which(os.environ.get('CXX', 'g++')) and Path(sysconfig.get_path('include'), 'Python.h').is_file()),
     reason="torch's inductor needs a C++ compiler and Python's headers")
+
+
+@pytest.mark.compile
+@INDUCTOR
 @pytest.mark.parametrize('kind', ['i', 'iii', '3d'])  # one segment, all in one product, segments that interleave
 def test_inductor(kind, images):
     model = tiny(kind, depth=2)
@@ -282,6 +285,20 @@ def test_inductor(kind, images):
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True)
         torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.compile
+@INDUCTOR
+def test_inductor_trains_at_another_size():
+    """ Compiled anew for any size; type III in train mode has all the views that are for known sizes alone."""
+    model = tiny('iii', depth=1).train()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    for size in (12, 18):
+        x = torch.randn(2, 3, size, size)
+        expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+        actual = torch.autograd.grad(compiled(x).square().sum(), list(model.parameters()))
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.export
