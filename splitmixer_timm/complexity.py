@@ -30,8 +30,8 @@ def measure_complexity(model: nn.Module, input_size: Tuple[int, int, int]) -> Co
     """ Count a model's parameters and operations without computing anything.
 
     Args:
-        model: Model on any device; it is not changed. Pooling is not counted if its `global_pool`
-            is not a module.
+        model: Model on any device; it is not changed. Pooling is not counted if its `global_pool` is not a
+            module.
         input_size: Channels, height and width of the image.
 
     Returns:

@@ -56,8 +56,8 @@ def _is_channels_last(x: torch.Tensor) -> bool:
 
 
 def has_known_size(x: torch.Tensor) -> bool:
-    """ Whether height and width of features are numbers: inductor cannot order the strides of views by those that it
-    compiles for any size."""
+    """ Whether height and width of features are numbers, not symbols that stand for any size, which have no bound: by
+    those inductor cannot order the strides of views."""
     if not torch.jit.is_scripting():
         if torch.compiler.is_compiling():
             known = torch.fx.experimental.symbolic_shapes.statically_known_true

@@ -78,7 +78,7 @@ def test_full_precision(tmp_path, monkeypatch):
         for precision in ('highest', 'high'):
             torch.set_float32_matmul_precision(precision)
             now, seen = precisions(), []
-            evaluate(NAME, images)
+            evaluate(NAME, images, batch_size=25)
             assert set(seen) == {('ieee', 'ieee')}
             assert precisions() == now
             assert torch.get_float32_matmul_precision() == precision

@@ -1,6 +1,5 @@
 """ benchmarks/complexity.py: what it counts is the paper's, and what is committed is what it counts. """
 import csv
-import io
 import sys
 from fractions import Fraction
 
@@ -20,14 +19,8 @@ with open(complexity.PATH, encoding='utf-8', newline='') as f:
 
 
 def test_results_are_fresh(monkeypatch):
-    """ Every row is there, and each fifth, which are some of each table, counts as it did; all of them are minutes."""
-    rows = [*complexity.rows()]
-    stale = 'run benchmarks/complexity.py, then benchmarks/report.py'
-    assert [(table, *row) for table, row, *_ in rows] == [
-        (row['table'], row['model'], row['arguments']) for row in ROWS], stale
-    assert {table for table, *_ in rows[::5]} == {table for table, *_ in rows}
-    monkeypatch.setattr(complexity, 'rows', lambda: rows[::5])
-    assert [*csv.DictReader(io.StringIO(complexity.make()))] == ROWS[::5], stale
+    monkeypatch.setattr(sys, 'argv', ['complexity.py', '--check'])
+    assert complexity.main() == 0, 'run benchmarks/complexity.py, then benchmarks/report.py'
 
 
 def test_stale_results(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-""" The tests of the Hub that depend on its client again, with the oldest that the package admits."""
+""" The tests of the Hub again, with the oldest client that the package admits."""
 import os
 import re
 import subprocess
@@ -10,9 +10,6 @@ import pytest
 from conftest import ROOT
 
 OLDEST = next(re.search(r'>=([\d.]+)', line)[1] for line in requires('splitmixer_timm') if 'huggingface_hub' in line)
-
-# downloads, caches, revisions, errors; cards and what is read of a run are ours
-CLIENTS = 'TestRoundTrip or TestRevisions or TestErrors or TestUnusable or two_processes or pull'
 
 
 @pytest.fixture(scope='module')
@@ -38,7 +35,7 @@ def test_hub(site, tmp_path):
     assert version.startswith(f'{OLDEST}.')
     report = tmp_path / 'report.xml'
     done = subprocess.run([
-        sys.executable, '-m', 'pytest', '-q', 'tests/test_hub.py', '-k', CLIENTS, f'--junitxml={report}',
+        sys.executable, '-m', 'pytest', '-q', 'tests/test_hub.py', 'tests/test_hub_server.py', f'--junitxml={report}',
     ], cwd=ROOT, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert sum(not len(case) for case in ElementTree.parse(report).iter('testcase')) > 60
+    assert sum(not len(case) for case in ElementTree.parse(report).iter('testcase')) > 100

@@ -24,6 +24,9 @@ from splitmixer_timm.complexity import measure_activation_bytes
 
 ALL_MODELS = [*SPLITMIXERS, *BASELINES]
 ALL_DIMS = {name: int(name.split('_')[1 if name.startswith('conv') else 2]) for name in ALL_MODELS}
+INDUCTOR = pytest.mark.skipif(
+    not (shutil.which(os.environ.get('CXX', 'g++')) and Path(sysconfig.get_path('include'), 'Python.h').is_file()),
+    reason="torch's inductor needs a C++ compiler and Python's headers")
 
 
 def small(name, **kwargs):
@@ -263,28 +266,20 @@ class TestScript:
 class TestCompile:
     def test_fullgraph(self, kind, images):
         """ One graph without a break, forward and backward."""
-        model = tiny(kind, depth=2).train()
+        model = tiny(kind).train()
         torch._dynamo.reset()
         compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
         expected = torch.autograd.grad(model(images).square().sum(), list(model.parameters()))
         actual = torch.autograd.grad(compiled(images).square().sum(), list(model.parameters()))
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
-
-INDUCTOR = pytest.mark.skipif(
-    not (shutil.which(os.environ.get('CXX', 'g++')) and Path(sysconfig.get_path('include'), 'Python.h').is_file()),
-    reason="torch's inductor needs a C++ compiler and Python's headers")
-
-
-@pytest.mark.compile
-@INDUCTOR
-@pytest.mark.parametrize('kind', ['i', 'iii', '3d'])  # one segment, all in one product, segments that interleave
-def test_inductor(kind, images):
-    model = tiny(kind, depth=2)
-    torch._dynamo.reset()
-    with torch.no_grad():
-        compiled = torch.compile(model, fullgraph=True)
-        torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-5)
+    @INDUCTOR
+    def test_inductor(self, kind, images):
+        model = tiny(kind)
+        torch._dynamo.reset()
+        with torch.no_grad():
+            compiled = torch.compile(model, fullgraph=True)
+            torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.compile
@@ -306,7 +301,7 @@ def test_inductor_trains_at_another_size():
 class TestExport:
     def test_torch_export(self, kind, images):
         """ Batch, height and width stay free."""
-        model = tiny(kind, depth=2)
+        model = tiny(kind)
         dims = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
         program = torch.export.export(model, (images,), dynamic_shapes=(dims,))
         with torch.no_grad():
@@ -317,7 +312,7 @@ class TestExport:
         """ Opset 18, dynamic batch, outputs equal under onnxruntime."""
         onnx = pytest.importorskip('onnx', reason='needs the extra export')
         onnxruntime = pytest.importorskip('onnxruntime', reason='needs the extra export')
-        model = tiny(kind, depth=2)
+        model = tiny(kind)
         path = tmp_path / 'model.onnx'
         torch.onnx.export(
             model, (images,), path, opset_version=18, dynamo=True, external_data=False, verbose=False,
