@@ -322,7 +322,11 @@ def _recipe(args: argparse.Namespace) -> int:
     if args.copy is None:
         print(recipes[args.name])
         return 0
-    target = args.copy / f'{args.name}.yaml' if args.copy.is_dir() else args.copy
+    target = Path(args.copy)
+    if target.is_dir():
+        target = target / f'{args.name}.yaml'
+    elif args.copy.endswith(('/', os.sep)):
+        raise CommandError(f'cannot write into {args.copy}: no such folder')
     try:
         with open(target, 'x', encoding='utf-8') as f:
             f.write(recipes[args.name].read_text(encoding='utf-8'))
@@ -426,7 +430,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser('recipe', help="training recipes for timm's train.py --config", description=(
         "Without a name, list the training recipes; with one, print the file's path for timm's train.py --config."))
     command.add_argument('name', metavar='NAME', nargs='?')
-    command.add_argument('--copy', metavar='DEST', type=Path, help='copy it to a new file, or into a folder')
+    command.add_argument('--copy', metavar='DEST', help='copy it to a new file, or into a folder')
     command.set_defaults(run=_recipe)
 
     command = commands.add_parser(

@@ -231,8 +231,15 @@ class TestContents:
         assert f'the weights are those of {ZOO}, the arguments are not' in caplog.text
 
     def test_what_computes_the_same_is_the_zoos(self, tmp_path):
-        model = timm.create_model(ZOO, pretrained=True, act_layer=nn.GELU, drop_rate=0.1, drop_path_rate=0.1)
+        model = timm.create_model(
+            ZOO, pretrained=True, act_layer=nn.GELU, drop_rate=0.1, drop_path_rate=0.1, depth='8', overlap_ratio='2/3',
+            norm_layer='BatchNorm2d', patch_stride=2)
+        model = timm.layers.convert_sync_batchnorm(model.train())
+        model.blocks[0].eval()
+        model.head.register_forward_hook(lambda module, args, logits: None)
+        modes = [module.training for module in model.modules()]
         assert hub._describe(model).name == ZOO
+        assert [module.training for module in model.modules()] == modes
         for name, content in hub.Release(model).files(REPO).items():
             (tmp_path / name).write_bytes(content)
         assert hub.folder_release(tmp_path).name == ZOO
@@ -395,9 +402,16 @@ class TestRefused:
             push_to_hub(make(), REPO, **{'token': TOKEN, **kwargs})
         assert not server.requests
 
-    def test_changed_model(self, server):
+    @pytest.mark.parametrize('change', [
+        lambda model: setattr(model, 'head', nn.Linear(16, 4)),
+        lambda model: setattr(model.blocks[1].channel_mixing, 'act', nn.ReLU()),
+        lambda model: setattr(model.blocks[0].channel_mixing.norm, 'eps', 0.1),
+        lambda model: model.head.register_forward_hook(lambda module, args, logits: -logits),
+    ], ids=['layer', 'activation', 'eps', 'hook'])
+    def test_changed_model(self, server, change):
+        """ Whoever downloads it would get another network."""
         model = create()
-        model.head = nn.Linear(16, 4)
+        change(model)
         with pytest.raises(ValueError, match='was changed after it was made'):
             push_to_hub(model, REPO, token=TOKEN)
         assert not server.requests

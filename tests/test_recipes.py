@@ -211,6 +211,11 @@ class TestCommand:
         assert copied.read_text() == 'mine'
         assert 'cannot write' in capsys.readouterr().err
 
+    def test_copy_into_a_folder_that_is_not_there(self, capsys, tmp_path):
+        assert cli.main(['recipe', 'cifar10', '--copy', f'{tmp_path}/new/']) == 2
+        assert f'cannot write into {tmp_path}/new/: no such folder' in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
+
     def test_copy_of_none(self, capsys, tmp_path):
         assert cli.main(['recipe', '--copy', str(tmp_path)]) == 2
         assert '--copy needs the NAME of a recipe: one of' in capsys.readouterr().err
