@@ -231,7 +231,7 @@ def model_card(
     split = known.training.get(images) if known else None
     log = 'each measured epoch in `summary.csv`'
     if metrics.get('measured_by', '').startswith("timm's validate.py"):
-        log += ": train.py's own figures, from which the evaluation above differs"
+        log += ": train.py's own figures, from which the evaluation above may differ"
     facts = [
         ('Recipe', training.get('recipe')),
         ('Images', None if images is None else f'{images:,}' + (f', {split}' if split else '')),

@@ -430,9 +430,9 @@ def run_release(
     metrics = {key: float(rows[-1][f'eval_{key}']) for key in _METRICS if rows and rows[-1].get(f'eval_{key}')}
     if metrics:
         metrics['split'], measured_on = _measured_split(name, args['val_split'])
-        metrics['measured_by'] = f"timm's train.py on {measured_on}, after epoch {epoch}"
+        metrics['measured_by'] = f"timm's train.py on {measured_on}, after epoch {epoch + 1}"
         if rows[-1] is not summary[-1]:
-            metrics['measured_by'] += f' of a run to epoch {summary[-1]["epoch"]}'
+            metrics['measured_by'] += f' of a run of {int(summary[-1]["epoch"]) + 1}'
             if metrics.get('top1') == max(float(row.get('eval_top1') or 0) for row in summary):
                 metrics['measured_by'] += f', the best of {len(summary)} measured so'
     in_chans = model.stem[0].in_channels

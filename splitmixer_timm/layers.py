@@ -17,13 +17,18 @@ __all__ = [
 
 # torch has no public way to ask this; without the answer vmap fails where the memory format is asked for
 _transform_stack = getattr(torch._C._functorch, 'peek_interpreter_stack', lambda: None)
+_is_batched = getattr(torch._C._functorch, 'is_legacy_batchedtensor', lambda x: False)  # torch.autograd's own vmap
 count_dispatch_modes = getattr(torch._C, '_len_torch_dispatch_stack', lambda: 0)  # make_fx, counters of operations
 
 
 @torch.jit.ignore
-def _is_transformed() -> bool:
-    """ Whether this runs under a transform of torch.func, whose tensors do not tell how they lie in memory."""
-    return not torch.compiler.is_compiling() and _transform_stack() is not None
+def _is_transformed(x: torch.Tensor) -> bool:
+    """ Whether this runs under a transform of torch.func, on a batch of torch.autograd's (`is_grads_batched`), or in
+    forward mode, where tangents may be such a batch: these do not tell how they lie in memory."""
+    if torch.compiler.is_compiling():
+        return False
+    in_forward_mode = getattr(torch.autograd.forward_ad, '_current_level', -1) >= 0
+    return in_forward_mode or _transform_stack() is not None or _is_batched(x)
 
 
 def is_everything_watched() -> bool:
@@ -50,7 +55,7 @@ def is_pointwise(conv: nn.Module, size: int) -> bool:
 
 def _is_channels_last(x: torch.Tensor) -> bool:
     if not torch.jit.is_scripting():
-        if _is_transformed():
+        if _is_transformed(x):
             return False
     return x.is_contiguous(memory_format=torch.channels_last)
 
@@ -69,11 +74,16 @@ def has_known_size(x: torch.Tensor) -> bool:
 def to_fast_format(x: torch.Tensor) -> torch.Tensor:
     """ On a CPU channels_last, which its convolutions of few channels at a time want; elsewhere as given."""
     if not torch.jit.is_scripting():
-        if _is_transformed():
+        if _is_transformed(x):
             return x
     if x.device.type == 'cpu':
         return x.contiguous(memory_format=torch.channels_last)
     return x
+
+
+@torch.utils.hooks.unserializable_hook  # no warning where features are saved: a copy of them has no use for it
+def _gradient_to_fast_format(grad: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+    return None if grad is None else to_fast_format(grad)
 
 
 @torch.fx.wrap
@@ -86,7 +96,7 @@ def hold_format(x: torch.Tensor, is_sum: bool) -> torch.Tensor:
     if not torch.jit.is_scripting():
         is_wanted = is_sum or x.dtype in (torch.bfloat16, torch.float16)
         if is_wanted and x.requires_grad and x.device.type == 'cpu' and not torch.compiler.is_compiling():
-            x.register_hook(to_fast_format)
+            x.register_hook(_gradient_to_fast_format)
     return x
 
 
@@ -111,7 +121,7 @@ def _has_square_kernels(x: torch.Tensor, size: int) -> bool:
 def to_square_format(x: torch.Tensor, size: int) -> torch.Tensor:
     """ Where square kernels are fast, channels_last; elsewhere as given."""
     if not torch.jit.is_scripting():
-        if _is_transformed():
+        if _is_transformed(x):
             return x
     if _has_square_kernels(x, size):
         return x.contiguous(memory_format=torch.channels_last)
@@ -143,7 +153,6 @@ def _row_conv(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor
     return x.permute(0, 2, 3, 1).reshape(N, H, W, C).permute(0, 3, 1, 2)
 
 
-@torch.fx.wrap
 def pack_segments(x: torch.Tensor, num_segments: int) -> torch.Tensor:
     """ Images of one segment's channels without a copy: N x s images, or in channels_last s times as wide."""
     N, C, H, W = x.shape
@@ -152,7 +161,6 @@ def pack_segments(x: torch.Tensor, num_segments: int) -> torch.Tensor:
     return x.reshape(N * num_segments, C // num_segments, H, W)
 
 
-@torch.fx.wrap
 def unpack_segments(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """ The inverse of `pack_segments`, to the shape of `like`."""
     N, C, H, W = like.shape
@@ -161,7 +169,6 @@ def unpack_segments(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return x.reshape(N, C, H, W)
 
 
-@torch.fx.wrap
 def separate_convs(
         x: torch.Tensor,
         weights: List[torch.Tensor],

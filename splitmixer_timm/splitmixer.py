@@ -187,11 +187,12 @@ class SharedSegmentMixing(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            # who looks on would see all segments as a batch of more, or of wider, images
+            # who looks on, or traces, would see all segments as a batch of more, or of wider, images
             is_alone = layers.is_pointwise(self.conv, self.segment_dim) and not layers.is_everything_watched()
-            if is_alone and layers.has_known_size(x):
+            if is_alone and not isinstance(x, torch.fx.Proxy) and layers.has_known_size(x):
                 return layers.unpack_segments(self.conv(layers.pack_segments(x, self.num_segments)), x)
-        return torch.cat([self.conv(segment) for segment in x.chunk(self.num_segments, dim=1)], dim=1)
+        segments = x.chunk(self.num_segments, dim=1)
+        return torch.cat([self.conv(segments[i]) for i in range(self.num_segments)], dim=1)
 
 
 class SeparateSegmentMixing(nn.Module):
@@ -206,13 +207,14 @@ class SeparateSegmentMixing(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
             # the weights of several at once are one convolution, that calls none of them
-            if all(map(layers.is_pointwise, self.convs, self.sizes)) and not layers.is_everything_watched():
+            is_alone = all(map(layers.is_pointwise, self.convs, self.sizes)) and not layers.is_everything_watched()
+            if is_alone and not isinstance(x, torch.fx.Proxy):
                 return layers.separate_convs(
                     x, [conv.weight for conv in self.convs], [conv.bias for conv in self.convs], self.sizes)
         segments = x.split(self.sizes, dim=1)
-        maps: List[torch.Tensor] = []
-        for i, conv in enumerate(self.convs):
-            maps.append(conv(segments[i]))
+        maps = [segments[i] for i in range(len(self.sizes))]
+        for conv in self.convs:  # in turn: a list of convolutions TorchScript would fuse to what inference mode refuses
+            maps = maps[1:] + [conv(maps[0])]
         return torch.cat(maps, dim=1)
 
 

@@ -588,7 +588,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     for dataset in {model.dataset for model in models}:
         for split in ('train', 'validation'):
             if not (args.data_dir / dataset / split).is_dir():
-                parser.error(f'--data-dir must have image folders {dataset}/{split}, {args.data_dir} has not')
+                parser.error(
+                    f'--data-dir must have image folders {dataset}/{split}, {args.data_dir} has not: '
+                    f'`splitmixer-timm data {dataset} --to {args.data_dir}` makes them')
             try:
                 check_images(args.data_dir / dataset / split, dataset)
             except ValueError as e:

@@ -106,7 +106,9 @@ class TestVerifyData:
         assert measured.images == 50
         metrics.update(top1=measured.top1, top5=measured.top5, images=50)
         assert cli.main(['verify', '--data', str(folder)]) == 0
-        assert f'ok      {NAME}  top-1 {measured.top1:.2f} % of 50 images' in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert f'ok      {NAME}  top-1 {measured.top1:.2f} % of 50 images' in out
+        assert out.endswith('1 of 1 models measured\n')
         metrics['top1'] = measured.top1 + 0.1
         assert cli.main(['verify', '--data', str(folder)]) == 1
         assert f'FAILED  {NAME}  top-1' in capsys.readouterr().out
@@ -143,8 +145,10 @@ class TestVerifyData:
     def test_other_classes(self, tmp_path, metrics, capsys):
         folder = real_images('cifar100', tmp_path / 'cifar100', 1, ('validation',)).parent
         (folder / 'cifar100').rename(folder / 'cifar10')
-        assert cli.main(['verify', '--data', str(folder)]) == 2
-        assert 'must have 10 class folders' in capsys.readouterr().err
+        assert cli.main(['verify', '--data', str(folder)]) == 1
+        out = capsys.readouterr().out
+        assert f'FAILED  {NAME}  data_dir must have 10 class folders' in out
+        assert out.endswith('1 of 1 models measured, 1 failed\n')
 
     @pytest.mark.parametrize('batch_size', [30, 7])
     def test_a_constant_answer_is_chance(self, tmp_path, monkeypatch, batch_size):

@@ -1057,7 +1057,7 @@ class TestCommandLine:
         split = metadata['model-index'][0]['results'][0]['dataset']['split']
         assert split == ('test' if is_test else 'validation')
         told = 'the official test set' if is_test else 'its validation split'
-        measured = f"- Measured: {split} split; timm's train.py on {told}, after epoch 1\n"
+        measured = f"- Measured: {split} split; timm's train.py on {told}, after epoch 2\n"
         assert measured in files(server)['README.md'].decode()
         assert ('label_names' in json.loads(files(server)['config.json'])) == labels
 
@@ -1070,8 +1070,8 @@ class TestCommandLine:
             torch.save({'epoch': epoch, 'state_dict': model.state_dict()}, folder / 'model_best.pth.tar')
             told[epoch] = hub.run_release(folder / 'model_best.pth.tar').metrics['measured_by'].partition(', ')[2]
         assert told == {
-            0: 'after epoch 0 of a run to epoch 2', 1: 'after epoch 1 of a run to epoch 2, the best of 3 measured so',
-            2: 'after epoch 2'}
+            0: 'after epoch 1 of a run of 3', 1: 'after epoch 2 of a run of 3, the best of 3 measured so',
+            2: 'after epoch 3'}
 
     @pytest.mark.parametrize('source', ['hf-hub', 'local-dir'])
     def test_run_from_a_published_model(self, server, run_dir, tmp_path, source):

@@ -1,6 +1,7 @@
 """ The architecture: against the paper's networks transcribed, the paper's figures, its ablations, and bad input."""
 import copy
 import math
+import warnings
 from functools import partial
 
 import pytest
@@ -606,6 +607,33 @@ class TestMemoryFormat:
         x = torch.randn(2, 6, 4, 7, dtype=torch.double, requires_grad=True)
         torch.testing.assert_close(conv.train()(x), conv.eval()(x))
         assert torch.autograd.gradcheck(conv.train(), x)
+
+    @pytest.mark.parametrize('kwargs', [
+        dict(), dict(channel_residual=True), dict(channel_mixing='iii'), dict(channel_mixing='iv'),
+        dict(channel_mixing='3d'), dict(dtype=torch.bfloat16)], ids=str)
+    def test_vectorized_jacobians(self, kwargs):
+        """ torch.autograd's own batches, which do not tell their memory format, in reverse and in forward mode."""
+        model = SplitMixer(12, 2, kernel_size=3, num_classes=3, **kwargs).eval()
+        x = torch.randn(2, 3, 6, 6, dtype=model.head.weight.dtype)
+        one_by_one = torch.autograd.functional.jacobian(model, x)
+        tolerance = dict(rtol=0.1, atol=0.02) if x.dtype == torch.bfloat16 else {}
+        for strategy in ('reverse-mode', 'forward-mode'):
+            jacobian = torch.autograd.functional.jacobian(model, x, vectorize=True, strategy=strategy)
+            torch.testing.assert_close(jacobian, one_by_one, **tolerance)
+
+    @pytest.mark.parametrize('kwargs', [dict(channel_residual=True), dict(channel_mixing='none')], ids=str)
+    def test_gradient_that_is_none(self, kwargs):
+        """ As gradcheck gives it, and a function of the user's may."""
+        model = SplitMixer(4, 1, kernel_size=3, num_classes=2, dtype=torch.double, **kwargs).eval()
+        x = torch.randn(1, 3, 4, 4, dtype=torch.double, requires_grad=True)
+        assert torch.autograd.gradcheck(model, x)
+
+    def test_features_with_gradients_are_saved_in_silence(self, tmp_path):
+        features = SplitMixer(4, 1, channel_residual=True).forward_features(torch.randn(1, 3, 4, 4))
+        assert features.requires_grad
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            torch.save(features, tmp_path / 'features.pt')
 
     @pytest.mark.parametrize('training', [True, False])
     def test_square_kernels(self, training, images, monkeypatch):

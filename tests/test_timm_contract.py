@@ -260,6 +260,31 @@ class TestScript:
             torch.testing.assert_close(traced(images), model(images))
             torch.testing.assert_close(traced(images[:, :, :7]), model(images[:, :, :7]))
 
+    def test_fx_shows_every_convolution(self, kind, images):
+        """ As they are called in eager mode: feature extractors and quantisation look for them in the graph."""
+        model = tiny(kind)
+        traced = torch.fx.symbolic_trace(model)
+        calls = []
+        for path, module in model.named_modules():
+            if type(module) is torch.nn.Conv2d:
+                module.register_forward_hook(lambda module, args, y, path=path: calls.append((path, y.shape)))
+        model(images)
+        expected = calls.copy()
+        calls.clear()
+        traced(images)  # its modules are the same
+        assert calls == expected != []
+
+    def test_script_in_inference_mode(self, kind, images):
+        """ As train.py --torchscript goes on to validate: what was profiled with gradients runs without."""
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', FutureWarning)
+            scripted = torch.jit.script(tiny(kind))
+        for training in (True, False):
+            for _ in range(3):
+                scripted.train(training)(images).sum().backward()
+            with torch.inference_mode():
+                scripted.eval()(images)
+
 
 @pytest.mark.compile
 @pytest.mark.parametrize('kind', KINDS)

@@ -1,0 +1,96 @@
+""" The data sets that torchvision has, as the image folders that timm's scripts, `verify` and `train_zoo` read. """
+import os
+import shutil
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Tuple, Union
+
+from PIL import Image
+from torchvision import datasets
+from tqdm import tqdm
+
+__all__ = ['DATASETS', 'write_image_folders']
+
+_CIFAR = {'train': [dict(train=True)], 'validation': [dict(train=False)]}
+# torchvision's class of each, and its official splits that go into each folder
+DATASETS: Dict[str, Tuple[str, Dict[str, List[Dict[str, Any]]]]] = {
+    'cifar10': ('CIFAR10', _CIFAR),
+    'cifar100': ('CIFAR100', _CIFAR),
+    'flowers102': ('Flowers102', {
+        'train': [dict(split='train'), dict(split='val')], 'validation': [dict(split='test')]}),
+    'food101': ('Food101', {'train': [dict(split='train')], 'validation': [dict(split='test')]}),
+}
+TRAIN_SIZE = 230, 230  # of photographs: the paper's pipeline shrinks them to this before it trains
+
+
+def _write(image: Union[Image.Image, Path], folder: Path, index: int, is_train: bool) -> None:
+    """ Write an image that a data set has in memory, or in a file."""
+    if isinstance(image, Image.Image):
+        image.save(folder / f'{index:05d}.png')
+    elif is_train:
+        with Image.open(image) as photograph:
+            photograph.convert('RGB').resize(TRAIN_SIZE, Image.Resampling.BILINEAR).save(
+                folder / image.name, quality=95)
+    else:
+        shutil.copyfile(image, folder / image.name)
+
+
+def _images(name: str, root: Path, split: str, is_download: bool) -> Iterator[Tuple[Union[Image.Image, Path], str]]:
+    """ Images of a folder's splits, those of files as their paths, and the name of the folder of each one's class."""
+    class_name, splits = DATASETS[name]
+    kwargs = {} if splits is _CIFAR else dict(loader=Path)
+    for part in splits[split]:
+        dataset = getattr(datasets, class_name)(root, download=is_download, **kwargs, **part)
+        for image, label in dataset:
+            # labels of flowers are not in alphabetical order, by which timm numbers folders
+            yield image, f'{label + 1:03d}' if name == 'flowers102' else dataset.classes[label]
+
+
+def write_image_folders(name: str, root: Union[str, Path], download: bool = True) -> Path:
+    """ Write a data set as image folders `root/name/train/CLASS` and `root/name/validation/CLASS`.
+
+    `validation` is the official test split, `train` the rest. CIFAR's images are PNG, pixel for pixel. Photographs to
+    train on are shrunk to 230 x 230 whatever their aspect, as the paper does, JPEG of quality 95; those to test on are
+    copied as they are.
+
+    Args:
+        name: One of `DATASETS`.
+        root: Folder in which the original files are or, with `download`, come to be, as torchvision keeps them.
+        download: Have torchvision download what is not there.
+
+    Returns:
+        The folder `root/name`.
+
+    Raises:
+        ValueError: If there is no such data set.
+        FileExistsError: If `root/name` is there.
+        ModuleNotFoundError: If Flowers102 is asked for without SciPy, by which torchvision reads its labels.
+        RuntimeError: If the files are not there, or not those whose md5 torchvision has.
+        OSError: If they cannot be downloaded, or the folders not be written.
+    """
+    if name not in DATASETS:
+        raise ValueError(f'name must be one of {", ".join(map(repr, DATASETS))}, got {name!r}.')
+    root = Path(root)
+    target = root / name
+    if target.exists():
+        raise FileExistsError(f'{target} is there already: remove it to make it anew')
+    if name == 'flowers102':
+        import scipy.io  # noqa: F401  # before anything is downloaded
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root, prefix=f'.{name}.') as temporary:
+        staged = Path(temporary) / name
+        for split in DATASETS[name][1]:
+            executor = ThreadPoolExecutor(os.cpu_count())
+            try:
+                jobs = []
+                for index, (image, label) in enumerate(_images(name, root, split, download)):
+                    folder = staged / split / label
+                    folder.mkdir(parents=True, exist_ok=True)
+                    jobs.append(executor.submit(_write, image, folder, index, split == 'train'))
+                for job in tqdm(jobs, desc=f'{name} {split}', unit='image', disable=None):
+                    job.result()
+            finally:
+                executor.shutdown(cancel_futures=True)  # Ctrl-C ends it at once
+        staged.rename(target)
+    return target
