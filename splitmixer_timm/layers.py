@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 __all__ = [
     'AxisConv2d', 'ChannelsLastGELU', 'count_dispatch_modes', 'has_known_size', 'hold_format', 'interleave',
-    'is_everything_watched', 'is_pointwise', 'is_watched', 'pack_segments', 'separate_convs', 'take_segment',
-    'to_fast_format', 'to_square_format', 'unpack_segments',
+    'is_everything_watched', 'is_pointwise', 'is_transformed', 'is_watched', 'pack_segments', 'separate_convs',
+    'take_segment', 'to_fast_format', 'to_square_format', 'unpack_segments',
 ]
 
 # torch has no public way to ask this; without the answer vmap fails where the memory format is asked for
@@ -22,7 +22,7 @@ count_dispatch_modes = getattr(torch._C, '_len_torch_dispatch_stack', lambda: 0)
 
 
 @torch.jit.ignore
-def _is_transformed(x: torch.Tensor) -> bool:
+def is_transformed(x: torch.Tensor) -> bool:
     """ Whether this runs under a transform of torch.func, on a batch of torch.autograd's (`is_grads_batched`), or in
     forward mode, where tangents may be such a batch: these do not tell how they lie in memory."""
     if torch.compiler.is_compiling():
@@ -55,7 +55,7 @@ def is_pointwise(conv: nn.Module, size: int) -> bool:
 
 def _is_channels_last(x: torch.Tensor) -> bool:
     if not torch.jit.is_scripting():
-        if _is_transformed(x):
+        if is_transformed(x):
             return False
     return x.is_contiguous(memory_format=torch.channels_last)
 
@@ -74,7 +74,7 @@ def has_known_size(x: torch.Tensor) -> bool:
 def to_fast_format(x: torch.Tensor) -> torch.Tensor:
     """ On a CPU channels_last, which its convolutions of few channels at a time want; elsewhere as given."""
     if not torch.jit.is_scripting():
-        if _is_transformed(x):
+        if is_transformed(x):
             return x
     if x.device.type == 'cpu':
         return x.contiguous(memory_format=torch.channels_last)
@@ -121,7 +121,7 @@ def _has_square_kernels(x: torch.Tensor, size: int) -> bool:
 def to_square_format(x: torch.Tensor, size: int) -> torch.Tensor:
     """ Where square kernels are fast, channels_last; elsewhere as given."""
     if not torch.jit.is_scripting():
-        if _is_transformed(x):
+        if is_transformed(x):
             return x
     if _has_square_kernels(x, size):
         return x.contiguous(memory_format=torch.channels_last)

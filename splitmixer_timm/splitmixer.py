@@ -175,6 +175,18 @@ class SegmentMixing(nn.Module):
         before, segment, after = x.split(self.sizes, dim=1)
         return torch.cat((before, self.conv(segment), after), dim=1)
 
+    @torch.jit.ignore
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        """ `forward` that may overwrite its input, of which the other channels are then not even read."""
+        if self.is_first and self.is_last:
+            return self.conv(x)
+        segment = x.narrow(1, self.sizes[0], self.sizes[1])
+        y = self.conv(segment)
+        if y.shape != segment.shape or torch.promote_types(x.dtype, y.dtype) != x.dtype:  # of a conv put in its place
+            return self(x)
+        segment.copy_(y)
+        return x
+
 
 class SharedSegmentMixing(nn.Module):
     """ One pointwise convolution shared by all `num_segments` equal segments (type III)."""
@@ -368,6 +380,22 @@ class SplitMixerBlock(nn.Module):
         if self.channel_residual:
             return x + self.drop_path(self.channel_mixing(x))
         return self.channel_mixing(x)
+
+    @torch.jit.ignore
+    def infer(self, x: torch.Tensor) -> torch.Tensor:
+        """ `forward` in eval mode, without gradients, where nobody sees the features in between: in a sum that is its
+        own, it has segments overwritten."""
+        if not self.spatial_residual or self.channel_residual:
+            return self(x)
+        x = x + self.drop_path(self.spatial_mixing(x))
+        for step in _steps(self.channel_mixing):
+            x = step.update(x) if type(step) is SegmentMixing else step(x)
+        return x
+
+
+def _steps(module: nn.Module) -> List[nn.Module]:
+    """ What a module calls in turn."""
+    return [step for child in module for step in _steps(child)] if type(module) is nn.Sequential else [module]
 
 
 # Modules that treat every image of a batch by itself in eval mode, BatchNorm where it has running statistics
@@ -583,19 +611,16 @@ class SplitMixer(nn.Module):
 
     @torch.jit.ignore
     def _piece_size(self, x: torch.Tensor) -> int:
-        """ Images that the blocks take at a time, 0 for all.
+        """ Images that the blocks take at a time in inference on a CPU, 0 for all at once, by `forward`.
 
-        In inference on a CPU a few, that stay in its cache: whole batches are so large that most of the time goes to
-        fetching memory. Only where nothing can tell the difference.
+        A few stay in its cache: whole batches are so large that most of the time goes to fetching memory. Only where
+        nothing can tell the difference.
         """
         if (
                 torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
                 or isinstance(x, torch.fx.Proxy) or x.device.type != 'cpu' or layers.is_everything_watched()
-                or layers.count_dispatch_modes()
+                or layers.count_dispatch_modes() or layers.is_transformed(x)
         ):
-            return 0
-        size = max(1, PIECE_BYTES * torch.get_num_threads() * len(x) // max(1, x.nbytes))
-        if size >= len(x):
             return 0
         for module in self.blocks.modules():
             if (
@@ -604,7 +629,17 @@ class SplitMixer(nn.Module):
                     or isinstance(module, nn.BatchNorm2d) and module.running_mean is None
             ):
                 return 0
-        return size
+        return max(1, PIECE_BYTES * torch.get_num_threads() * len(x) // max(1, x.nbytes))
+
+    @torch.jit.ignore
+    def _infer(self, x: torch.Tensor, size: int) -> torch.Tensor:
+        """ Features through all blocks, `size` images at a time."""
+        pieces = []
+        for piece in x.split(size):
+            for block in self.blocks:
+                piece = block.infer(piece) if isinstance(block, SplitMixerBlock) else block(piece)
+            pieces.append(piece)
+        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
     def forward_intermediates(
             self,
@@ -683,7 +718,7 @@ class SplitMixer(nn.Module):
             return self.blocks(x)
         size = self._piece_size(x)
         if size > 0:
-            return torch.cat([self.blocks(piece) for piece in x.split(size)])
+            return self._infer(x, size)
         x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
         return layers.hold_format(x, self.ends_in_sum)
 

@@ -510,10 +510,37 @@ class TestMemoryFormat:
         images = torch.randn(batch, 3, 10, 12)
         expected = model.forward_features(images)
         with torch.no_grad():
-            assert model._piece_size(expected) == (3 if batch > 3 else 0)
+            assert model._piece_size(expected) == 3
             features = model.forward_features(images)
         assert is_channels_last(features)
         torch.testing.assert_close(features, expected)
+
+    @pytest.mark.parametrize('kwargs', [
+        dict(spatial_residual=False), dict(channel_residual=True), dict(spatial_mixing='none', depth=3),
+        dict(num_segments=3, depth=3), dict(drop_path_rate=0.1), dict(act_layer=nn.Identity)], ids=str)
+    def test_segments_in_place(self, kwargs):
+        """ Inference overwrites segments where nothing else has them: the stem's features are what they were."""
+        kind = 'ii' if 'num_segments' in kwargs else 'i'
+        model = randomize(SplitMixer(**{'dim': 24, 'depth': 2, 'channel_mixing': kind, **kwargs})).eval()
+        x = torch.randn(2, 24, 5, 6).contiguous(memory_format=torch.channels_last)
+        before, expected = x.clone(), model.blocks(x)
+        with torch.inference_mode():
+            torch.testing.assert_close(model._infer(x, 1), expected)
+        assert torch.equal(x, before)
+
+    def test_segments_in_place_after_a_change(self):
+        """ Of a convolution that was put there the output may have other channels, or another type."""
+        for channels, dtype in ((16, torch.double), (1, torch.float), (17, torch.float)):
+            model = SplitMixer(24, 1).eval()
+            mixer = model.blocks[0].channel_mixing.mixer
+            mixer.conv = nn.Conv2d(16, channels, 1)
+            mixer.conv.forward = lambda x, conv=mixer.conv, dtype=dtype: nn.Conv2d.forward(conv, x).to(dtype)
+            x = torch.randn(2, 24, 5, 6)
+            with torch.no_grad():
+                y = mixer(x)
+                updated = mixer.update(x)
+            assert (updated.shape, updated.dtype) == (y.shape, y.dtype)
+            assert torch.equal(updated, y)
 
     def test_pieces_only_where_nothing_can_tell(self, monkeypatch):
         monkeypatch.setattr(splitmixer, 'PIECE_BYTES', 1)
