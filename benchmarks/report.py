@@ -366,8 +366,10 @@ def accuracies() -> List[Dict[str, str]]:
                 dataset=dataset, model='ConvMixer' if kind == 'conv' else kind.upper(),
                 params=str(sum(parameter.numel() for parameter in model.parameters())))
             rows.append({**own, 'source': 'paper', 'top1': f'{paper:.2f}'})
-            if name in manifest.entries():
-                rows.append({**own, 'source': 'ours', 'top1': f'{manifest.entries()[name]["metrics"]["top1"]:.2f}'})
+            if entry := manifest.entries().get(name):
+                rows.append({
+                    **own, 'source': 'ours', 'top1': f'{entry["metrics"]["top1"]:.2f}',
+                    'epochs': str(entry['training']['epochs'])})
         for model, (millions, paper) in peers.items():
             rows.append(dict(
                 dataset=dataset, model=model, params=str(round(1e6 * millions)), source='peers', top1=f'{paper:.2f}'))
@@ -402,7 +404,9 @@ def draw_accuracies(rows: List[Dict[str, str]], path: Path) -> None:
                 axes.annotate(
                     row['model'], (x, y), xytext=(0, -7), textcoords='offset points', va='top', ha='center',
                     fontsize=9, color='#666666')
-        axes.set(xscale='log', xlabel='parameters', ylabel='top-1 %', title=DATASETS[dataset].name)
+        epochs = {row['epochs'] for row in rows if row['dataset'] == dataset and 'epochs' in row}
+        told = f', ours after {" and ".join(sorted(epochs, key=int))} epochs' if epochs else ''
+        axes.set(xscale='log', xlabel='parameters', ylabel='top-1 %', title=DATASETS[dataset].name + told)
         axes.margins(x=0.1, y=0.08)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axes.xaxis.set_major_formatter(EngFormatter(sep=''))
@@ -413,7 +417,7 @@ def draw_accuracies(rows: List[Dict[str, str]], path: Path) -> None:
     handles += [
         Line2D([], [], linestyle='none', marker='o', color='#555555', markersize=8, label='the weights here'),
         Line2D([], [], linestyle='none', marker='o', color='#555555', markersize=8, fillstyle='none',
-               label="the paper's"),
+               label="the paper's, after 100"),
         Line2D([], [], linestyle='none', marker=peers[1], color=peers[0], markersize=8,
                label="the paper's comparison (Lv et al. 2022)")]
     figure.legend(handles=handles, loc='outside lower center', ncols=len(handles), frameon=False, fontsize=10)

@@ -85,14 +85,19 @@ LIMITS = """\
 - Not for decisions about people, nor where an error does harm."""
 
 CITATION = """\
-```bibtex
 @article{borji2022splitmixer,
   title   = {SplitMixer: Fat Trimmed From MLP-like Models},
   author  = {Borji, Ali and Lin, Sikun},
   journal = {arXiv preprint arXiv:2207.10255},
   year    = {2022}
-}
-```"""
+}"""
+CONVMIXER_CITATION = """\
+@article{trockman2022patches,
+  title   = {Patches Are All You Need?},
+  author  = {Trockman, Asher and Kolter, J. Zico},
+  journal = {arXiv preprint arXiv:2201.09792},
+  year    = {2022}
+}"""
 
 _METRICS = {'top1': 'top-1 accuracy, %', 'top5': 'top-5 accuracy, %'}
 
@@ -251,7 +256,8 @@ def model_card(
     if known:
         lines.append(f'- {known.name}: {known.bias}.')
     lines += ['', '## Licence', '', 'The one named at the head of this card. The data has terms of its own.']
-    lines += ['', '## Citation', '', CITATION]
+    citations = [CITATION] if cfg['architecture'].startswith('splitmixer') else [CONVMIXER_CITATION, CITATION]
+    lines += ['', '## Citation', '', '```bibtex', *citations, '```']
     body = '\n'.join(lines)
     metadata = _metadata(title, cfg, known, dataset, metrics)
     return _join(metadata, f'{BEGIN}\n{body}\n{END}\n')

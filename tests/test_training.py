@@ -2,6 +2,7 @@
 
 timm's package does not ship its scripts: SPLITMIXER_TIMM_SCRIPTS names a folder that has them.
 """
+import copy
 import csv
 import os
 import signal
@@ -76,6 +77,41 @@ def test_distributed_data_parallel(tmp_path):
     assert not found
 
 
+def synchronise(rank, names, rendezvous, failures):
+    device = torch.device('cuda', rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    # NCCL refuses two processes on one GPU
+    distributed.init_process_group('gloo', init_method=f'file://{rendezvous}', rank=rank, world_size=WORLD)
+    torch.backends.cudnn.conv.fp32_precision = 'ieee'
+    for name in names:
+        model, x, target = narrow(name)
+        model, x, target = model.to(device).train(), x.to(device), target.to(device)
+        synchronised = torch.nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+        expected = gradients(model, x, target)
+        mine = slice(rank, None, WORLD)
+        parallel = DistributedDataParallel(synchronised, device_ids=[device.index])
+        actual = gradients(parallel, x[mine], target[mine])
+        if not all(torch.allclose(a, e, rtol=1e-2, atol=1e-4) for a, e in zip(actual, expected)):
+            failures.put(f'{name}: gradients differ from those of the joint batch')
+        buffers = zip(model.buffers(), synchronised.buffers())
+        if not all(torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-5) for a, b in buffers):
+            failures.put(f'{name}: running statistics differ from those of the joint batch')
+    distributed.destroy_process_group()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA')
+def test_synchronised_batchnorm_on_gpu(tmp_path):
+    """ Two processes train as one does on the joint batch, its statistics included."""
+    failures = torch.multiprocessing.get_context('spawn').SimpleQueue()
+    names = [f'splitmixer_{kind}_256_8' for kind in ('i', 'ii', 'iii', 'iv', 'v', '3d')]
+    torch.multiprocessing.spawn(synchronise, (names, tmp_path / 'rendezvous', failures), nprocs=WORLD)
+    found = []
+    while not failures.empty():
+        found.append(failures.get())
+    assert not found
+
+
 def run(*args):
     env = {**os.environ, 'PYTHONPATH': str(ROOT)}
     return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, env=env)
@@ -109,6 +145,45 @@ class TestTimmScripts:
         assert done.returncode == 0, done.stderr
         assert (tmp_path / 'run' / 'last.pth.tar').is_file()
         assert len((tmp_path / 'run' / 'summary.csv').read_text().splitlines()) == 3
+
+    @pytest.mark.cuda
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA')
+    @pytest.mark.parametrize('modules', [[], ['splitmixer_timm.train_fused']], ids=['plain', 'fused'])
+    def test_train_under_torchrun_on_gpu(self, folders, tmp_path, modules):
+        """ As on many GPUs: a process for each, the models wrapped in DistributedDataParallel."""
+        done = run(
+            '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', torch.cuda.device_count(),
+            os.path.join(SCRIPTS, 'train.py'), '--config', RECIPE, '--dataset', '', '--data-dir', folders,
+            '--workers', 1, '--batch-size', 32, '--sync-bn', '--epochs', 1, '--warmup-epochs', 1,
+            '--lr-cycle-limit', 1, '--device-modules', 'splitmixer_timm', *modules,
+            '--output', tmp_path, '--experiment', 'run')
+        assert done.returncode == 0, done.stderr
+        assert len((tmp_path / 'run' / 'summary.csv').read_text().splitlines()) == 3
+
+    def test_average_and_export(self, folders, tmp_path):
+        """ timm's scripts that read what train.py left, by our launcher where they create a model."""
+        for script in ('avg_checkpoints.py', 'onnx_export.py'):
+            if not os.path.isfile(os.path.join(SCRIPTS, script)):
+                pytest.skip(f'SPLITMIXER_TIMM_SCRIPTS has no {script}')
+        done = run(
+            os.path.join(SCRIPTS, 'train.py'), '--config', RECIPE, '--dataset', '', '--data-dir', folders, *CPU,
+            '--batch-size', 80, '--amp-dtype', 'bfloat16', '--epochs', 1, '--warmup-epochs', 1, '--lr-cycle-limit', 1,
+            '--checkpoint-hist', 2, '--model-kwargs', 'depth=1', '--output', tmp_path, '--experiment', 'run')
+        assert done.returncode == 0, done.stderr
+        average = tmp_path / 'average.pth'
+        done = run(
+            os.path.join(SCRIPTS, 'avg_checkpoints.py'), '--input', tmp_path / 'run', '--output', average,
+            '--filter', 'checkpoint-*.pth.tar')
+        assert done.returncode == 0, done.stderr
+        model = timm.create_model('splitmixer_i_256_8', depth=1, checkpoint_path=str(average))
+        parts = [torch.load(path, weights_only=False)['state_dict']['head.weight']
+                 for path in (tmp_path / 'run').glob('checkpoint-*.pth.tar')]
+        torch.testing.assert_close(model.head.weight.detach(), torch.stack(parts).mean(0))
+        done = run(
+            '-m', 'splitmixer_timm.run', os.path.join(SCRIPTS, 'onnx_export.py'), tmp_path / 'model.onnx',
+            '--model', 'splitmixer_iv_256_8.cifar10', '--reparam')
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / 'model.onnx').is_file()
 
     def test_killed_and_resumed(self, folders, tmp_path):
         """ A run that is killed and resumed ends as one that was not: learning rate, epoch, weights, optimizer, EMA.
