@@ -369,7 +369,7 @@ def _benchmark(args: argparse.Namespace) -> int:
             requests.append(benchmark.Settings(
                 protocol, str(device), **axes,
                 batches=args.batches or (1 if on_cpu and protocol == 'steady' else 100),
-                repeats=args.repeats or (3 if on_cpu else 5),
+                repeats=args.repeats or 5,
             ))
             benchmark.check_settings(requests[-1])
         rows = benchmark.check_models(args.models)
@@ -481,7 +481,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         '--batches', type=positive, metavar='N',
         help='batches timed, in each repeat (default: 100; steady on a CPU, where one takes seconds: 1)')
-    command.add_argument('--repeats', type=positive, metavar='N', help='repeats of steady (default: 5, on a CPU 3)')
+    command.add_argument('--repeats', type=positive, metavar='N', help='repeats of steady (default: 5)')
     command.add_argument(
         '--results', type=Path, metavar='DIR',
         help='where results are kept (default: benchmarks/results of the checkout, or of the folder this runs in)')

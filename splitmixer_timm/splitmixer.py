@@ -175,7 +175,6 @@ class SegmentMixing(nn.Module):
         before, segment, after = x.split(self.sizes, dim=1)
         return torch.cat((before, self.conv(segment), after), dim=1)
 
-    @torch.jit.ignore
     def update(self, x: torch.Tensor) -> torch.Tensor:
         """ `forward` that may overwrite its input, of which the other channels are then not even read."""
         if self.is_first and self.is_last:
@@ -381,7 +380,6 @@ class SplitMixerBlock(nn.Module):
             return x + self.drop_path(self.channel_mixing(x))
         return self.channel_mixing(x)
 
-    @torch.jit.ignore
     def infer(self, x: torch.Tensor) -> torch.Tensor:
         """ `forward` in eval mode, without gradients, where nobody sees the features in between: in a sum that is its
         own, it has segments overwritten."""
@@ -637,7 +635,7 @@ class SplitMixer(nn.Module):
         pieces = []
         for piece in x.split(size):
             for block in self.blocks:
-                piece = block.infer(piece) if isinstance(block, SplitMixerBlock) else block(piece)
+                piece = block.infer(piece) if type(block) is SplitMixerBlock else block(piece)
             pieces.append(piece)
         return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
