@@ -197,14 +197,19 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _data(args: argparse.Namespace) -> int:
-    try:
-        for name in args.names:
-            print(write_image_folders(name, args.to))
-    except ModuleNotFoundError as e:
-        raise CommandError(f'{name} needs SciPy, by which torchvision reads its labels: pip install scipy') from e
-    except (OSError, RuntimeError) as e:
-        raise CommandError(f'{name}: {" ".join(str(e).split())}') from e
-    return 0
+    failures = 0
+    for name in dict.fromkeys(args.names):
+        try:
+            print(write_image_folders(name, args.to), flush=True)
+        except FileExistsError as e:
+            print(e, file=sys.stderr)  # what an earlier call finished
+        except ModuleNotFoundError:
+            failures += 1
+            print(f'FAILED  {name}  needs SciPy, by which torchvision reads its labels: pip install scipy')
+        except (OSError, RuntimeError) as e:
+            failures += 1
+            print(f'FAILED  {name}  {" ".join(str(e).split())}')
+    return 1 if failures else 0
 
 
 def _verify_accuracy(args: argparse.Namespace) -> int:
@@ -216,10 +221,9 @@ def _verify_accuracy(args: argparse.Namespace) -> int:
         wanted = ', '.join(sorted({str(folder) for folder in found.values()}))
         raise CommandError(
             f'no test set found: --data must name a folder with one of {wanted}, as `splitmixer-timm data` makes them')
-    failures = skipped = 0
+    failures = measured_count = 0
     for name, folder in found.items():
         if not folder.is_dir():
-            skipped += 1
             print(f'skipped {name}  no {folder}')
             continue
         expected = manifest.entries()[name]['metrics']
@@ -227,14 +231,15 @@ def _verify_accuracy(args: argparse.Namespace) -> int:
             measured = evaluate(name, folder, args.device, args.batch_size)
         except (RuntimeError, ValueError) as e:
             failures += 1
-            print(f'FAILED  {name}  {e}')
+            print(f'FAILED  {name}  not measured: {e}')
             continue
+        measured_count += 1
         agrees = measured.images == expected['images'] and abs(measured.top1 - expected['top1']) <= TOLERANCE
         failures += not agrees
         status = 'ok     ' if agrees else 'FAILED '
         print(f'{status} {name}  top-1 {measured.top1:.2f} % of {measured.images:,} images, '
               f'manifest {expected["top1"]:.2f} % of {expected["images"]:,}')
-    print(f'{len(found) - skipped} of {len(found)} models measured' + (f', {failures} failed' if failures else ''))
+    print(f'{measured_count} of {len(found)} models measured' + (f', {failures} failed' if failures else ''))
     return failures
 
 

@@ -9,7 +9,7 @@ import json
 import logging
 import shutil
 import tempfile
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Integral, Real
@@ -40,6 +40,7 @@ from torch import nn
 
 from . import __version__, manifest
 from .card import DATASETS, merge_cards, model_card
+from .evaluate import full_precision
 from .hub_errors import HubError, TransportError, checked_token, explained, within
 from .paper import top1 as paper_top1
 from .pretrained import HUB_FILENAME, check_download, weights_file
@@ -151,23 +152,35 @@ def _computation(model: nn.Module) -> Dict[str, Any]:
     return {**_named_args(defaults), **_model_args(model)}
 
 
-@torch.no_grad()
-def _computes_the_same(model: nn.Module, twin: nn.Module) -> bool:
-    """ Whether a model made on device 'meta' gives in eval mode what another does whose weights it gets."""
-    twin.load_state_dict(model.state_dict(), assign=True)
-    weight = model.stem[0].weight
-    size = 4 * model.stem[0].kernel_size[0]
-    noise = torch.randn(1, weight.shape[1], size, size, generator=torch.Generator().manual_seed(0))
+def _run(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """ Output in eval mode, without what was compiled; the model is as before afterwards."""
     modes = [(module, module.training) for module in model.modules()]
+    is_compiled = any(getattr(module, '_compiled_call_impl', None) for module, _ in modes)
     try:
-        own, other = (m.eval()(noise.to(weight)) for m in (model, twin))
+        with torch.compiler.set_stance('force_eager') if is_compiled else nullcontext():
+            return model.eval()(images)
     finally:
         for module, mode in modes:
             module.training = mode
-    # on the CPU in fp32 it is the same arithmetic; elsewhere kernels may differ, as those of `fuse_for_training` do
-    bound = 1e-4 if weight.is_cpu and weight.dtype == torch.float32 else 2e-2
+
+
+@full_precision()
+@torch.no_grad()
+def _computes_the_same(model: nn.Module, twin: nn.Module) -> bool:
+    """ Whether a model made on device 'meta' gives in eval mode what another does, whose weights it gets."""
+    if len({value.dtype for value in model.state_dict().values() if value.is_floating_point()}) > 1:
+        model = copy.deepcopy(model).float()
+    twin.load_state_dict(model.state_dict(), assign=True)
+    weight = model.stem[0].weight
+    size = 4 * model.stem[0].kernel_size[0]
+    noise = torch.randn(
+        1, weight.shape[1], size, size, device='cpu', dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+    # a copy for each: whoever changes its input must not change the other's
+    own, other = (_run(m, noise.to(weight, copy=True)).float() for m in (model, twin))
+    bound = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 2e-2
+    finite = other[other.isfinite()].abs()
     return own.shape == other.shape and torch.allclose(
-        own.float(), other.float(), rtol=0., atol=bound * other.abs().max().item(), equal_nan=True)
+        own, other, rtol=0., atol=bound * (finite.max().item() if len(finite) else 0.), equal_nan=True)
 
 
 def _zoo_name(model: nn.Module) -> Optional[str]:
@@ -560,7 +573,8 @@ def push_to_hub(
     One commit with config.json, model.safetensors and the card. Nothing is guessed of a model that was trained further:
     its metrics, data set and class names are those given here, or none; only a model with the zoo's own weights has
     the zoo's. A card that is there already is made anew but for what others wrote in it and the licence that they
-    chose. Pushing the same again makes no new commit.
+    chose. Pushing the same again makes no new commit. The model is run once on noise, in eval mode, to see that its
+    arguments and weights make it again.
 
     Args:
         model: Model of this package from `timm.create_model`, as it is or wrapped (compiled, DDP, EMA).

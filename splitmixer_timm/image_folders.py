@@ -28,10 +28,14 @@ def _write(image: Union[Image.Image, Path], folder: Path, index: int, is_train: 
     """ Write an image that a data set has in memory, or in a file."""
     if isinstance(image, Image.Image):
         image.save(folder / f'{index:05d}.png')
-    elif is_train:
+        return
+    try:
         with Image.open(image) as photograph:
-            photograph.convert('RGB').resize(TRAIN_SIZE, Image.Resampling.BILINEAR).save(
-                folder / image.name, quality=95)
+            pixels = photograph.convert('RGB')  # of those to test on as well: damaged ones are told now
+    except Exception as e:  # a damaged file makes Pillow's decoders raise nearly anything
+        raise OSError(f'{image} cannot be read: {" ".join(str(e).split()) or type(e).__name__}') from e
+    if is_train:
+        pixels.resize(TRAIN_SIZE, Image.Resampling.BILINEAR).save(folder / image.name, quality=95)
     else:
         shutil.copyfile(image, folder / image.name)
 

@@ -1,16 +1,18 @@
 """ What makes a SplitMixer fast without another result: layers and functions that choose how features lie in memory.
 
-Branches on where and how a tensor lies are functions that torch.fx takes as a whole: call them by this module's name
-(`layers.interleave`), for torch.fx does not know a function that was imported from it.
+Branches on where and how a tensor lies are functions that torch.fx takes as a whole, or that are not called while it
+traces: call them by this module's name (`layers.interleave`), for torch.fx does not know a function that was imported
+from it.
 """
 from typing import List, Optional
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils._device import DeviceContext
 
 __all__ = [
-    'AxisConv2d', 'ChannelsLastGELU', 'count_dispatch_modes', 'has_known_size', 'hold_format', 'interleave',
+    'AxisConv2d', 'ChannelsLastGELU', 'has_known_size', 'hold_format', 'interleave', 'is_every_operation_watched',
     'is_everything_watched', 'is_pointwise', 'is_transformed', 'is_watched', 'pack_segments', 'separate_convs',
     'take_segment', 'to_fast_format', 'to_square_format', 'unpack_segments',
 ]
@@ -18,7 +20,8 @@ __all__ = [
 # torch has no public way to ask this; without the answer vmap fails where the memory format is asked for
 _transform_stack = getattr(torch._C._functorch, 'peek_interpreter_stack', lambda: None)
 _is_batched = getattr(torch._C._functorch, 'is_legacy_batchedtensor', lambda x: False)  # torch.autograd's own vmap
-count_dispatch_modes = getattr(torch._C, '_len_torch_dispatch_stack', lambda: 0)  # make_fx, counters of operations
+_count_dispatch_modes = getattr(torch._C, '_len_torch_dispatch_stack', lambda: 0)  # make_fx, counters of operations
+_function_modes = getattr(torch.overrides, '_get_current_function_mode_stack', lambda: [])
 
 
 @torch.jit.ignore
@@ -31,6 +34,11 @@ def is_transformed(x: torch.Tensor) -> bool:
     return in_forward_mode or _transform_stack() is not None or _is_batched(x)
 
 
+def is_every_operation_watched() -> bool:
+    """ Whether a mode of torch sees all operations, other than the one that stands for a default device."""
+    return _count_dispatch_modes() > 0 or any(not isinstance(mode, DeviceContext) for mode in _function_modes())
+
+
 def is_everything_watched() -> bool:
     """ Whether somebody hooked on to the calls of all modules."""
     return bool(
@@ -39,10 +47,10 @@ def is_everything_watched() -> bool:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """ Whether somebody hooked on to a module, or gave it a forward of its own."""
+    """ Whether somebody hooked on to a module, gave it a forward of its own, or compiled it."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        or 'forward' in module.__dict__)
+        or 'forward' in module.__dict__ or getattr(module, '_compiled_call_impl', None))
 
 
 def is_pointwise(conv: nn.Module, size: int) -> bool:

@@ -616,8 +616,8 @@ class SplitMixer(nn.Module):
         """
         if (
                 torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
-                or isinstance(x, torch.fx.Proxy) or x.device.type != 'cpu' or layers.is_everything_watched()
-                or layers.count_dispatch_modes() or layers.is_transformed(x)
+                or type(x) is not torch.Tensor or x.device.type != 'cpu' or layers.is_everything_watched()
+                or layers.is_every_operation_watched() or layers.is_transformed(x)
         ):
             return 0
         for module in self.blocks.modules():
@@ -634,7 +634,7 @@ class SplitMixer(nn.Module):
         """ Features through all blocks, `size` images at a time."""
         pieces = []
         for piece in x.split(size):
-            for block in self.blocks:
+            for block in _steps(self.blocks):
                 piece = block.infer(piece) if type(block) is SplitMixerBlock else block(piece)
             pieces.append(piece)
         return torch.cat(pieces) if len(pieces) > 1 else pieces[0]

@@ -147,8 +147,8 @@ class TestVerifyData:
         (folder / 'cifar100').rename(folder / 'cifar10')
         assert cli.main(['verify', '--data', str(folder)]) == 1
         out = capsys.readouterr().out
-        assert f'FAILED  {NAME}  data_dir must have 10 class folders' in out
-        assert out.endswith('1 of 1 models measured, 1 failed\n')
+        assert f'FAILED  {NAME}  not measured: data_dir must have 10 class folders' in out
+        assert out.endswith('0 of 1 models measured, 1 failed\n')
 
     @pytest.mark.parametrize('batch_size', [30, 7])
     def test_a_constant_answer_is_chance(self, tmp_path, monkeypatch, batch_size):

@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -158,6 +159,27 @@ class TestRoundTrip:
         assert files(server) == first
         push_to_hub(timm.utils.ModelEmaV3(model).half(), REPO, token=TOKEN)
         assert load(files(server)['model.safetensors'])['head.weight'].dtype == torch.float16
+
+    def test_as_it_is(self, server):
+        """ What is no other network is taken: under another default device, compiled, of two types, or diverged."""
+        with torch.device('meta'):
+            push_to_hub(create(device='cpu'), REPO, token=TOKEN)
+        model = create()
+        for block in model.blocks:
+            block.compile(backend=lambda *args: pytest.fail('nothing is compiled for a push'))
+        push_to_hub(model, REPO, token=TOKEN)
+        model = create().bfloat16()
+        model.head.float()
+        push_to_hub(model, REPO, token=TOKEN)
+        assert load(files(server)['model.safetensors'])['stem.0.weight'].dtype == torch.bfloat16
+        for value in (math.nan, math.inf):
+            model = create()
+            with torch.no_grad():
+                model.head.bias[1] = value
+            push_to_hub(model, REPO, token=TOKEN)
+        model.blocks[0].channel_mixing.norm.eps = 0.1
+        with pytest.raises(ValueError, match='was changed after it was made'):
+            push_to_hub(model, REPO, token=TOKEN)
 
     def test_pretrained_cfg_is_a_fresh_start(self, server):
         """ A pulled model can be trained further and pushed again."""
@@ -407,7 +429,9 @@ class TestRefused:
         lambda model: setattr(model.blocks[1].channel_mixing, 'act', nn.ReLU()),
         lambda model: setattr(model.blocks[0].channel_mixing.norm, 'eps', 0.1),
         lambda model: model.head.register_forward_hook(lambda module, args, logits: -logits),
-    ], ids=['layer', 'activation', 'eps', 'hook'])
+        lambda model: model.register_forward_pre_hook(lambda module, args: args[0].sub_(0.5) and None),
+        lambda model: setattr(model.half().blocks[0].channel_mixing, 'act', nn.ReLU()),
+    ], ids=['layer', 'activation', 'eps', 'hook', 'in place', 'half'])
     def test_changed_model(self, server, change):
         """ Whoever downloads it would get another network."""
         model = create()

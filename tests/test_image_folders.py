@@ -106,23 +106,27 @@ def test_command(tmp_path, monkeypatch, capsys):
     cifar(tmp_path, monkeypatch, 'cifar10')
     assert cli.main(['data', 'cifar10', '--to', str(tmp_path)]) == 0
     assert capsys.readouterr().out == f'{tmp_path / "cifar10"}\n'
-    assert cli.main(['data', 'cifar10', '--to', str(tmp_path)]) == 2
-    assert f'{tmp_path / "cifar10"} is there already' in capsys.readouterr().err
+    cifar(tmp_path, monkeypatch, 'cifar100')
+    assert cli.main(['data', 'cifar10', 'cifar100', '--to', str(tmp_path)]) == 0  # what an earlier call left undone
+    out, err = capsys.readouterr()
+    assert out == f'{tmp_path / "cifar100"}\n'
+    assert f'{tmp_path / "cifar10"} is there already' in err
 
 
 def test_without_scipy(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, 'scipy.io', None)
-    assert cli.main(['data', 'flowers102', '--to', str(tmp_path)]) == 2
-    assert 'flowers102 needs SciPy' in capsys.readouterr().err
+    assert cli.main(['data', 'flowers102', '--to', str(tmp_path)]) == 1
+    assert 'FAILED  flowers102  needs SciPy' in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_is_left_of_what_failed(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize('number', [2, 3], ids=['train', 'validation'])
+def test_nothing_is_left_of_what_failed(tmp_path, capsys, number):
     food(tmp_path)
-    damaged = tmp_path / 'food-101' / 'images' / 'waffles' / '2.jpg'
-    damaged.write_bytes(b'none')
-    assert cli.main(['data', 'food101', '--to', str(tmp_path)]) == 2
-    assert str(damaged) in capsys.readouterr().err
+    damaged = tmp_path / 'food-101' / 'images' / 'waffles' / f'{number}.jpg'
+    damaged.write_bytes(damaged.read_bytes()[:400])
+    assert cli.main(['data', 'food101', '--to', str(tmp_path)]) == 1
+    assert f'FAILED  food101  {damaged} cannot be read' in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ['food-101']
 
 
@@ -131,8 +135,8 @@ def test_without_a_network(tmp_path, monkeypatch, capsys):
         raise URLError('no route')
 
     monkeypatch.setattr('torchvision.datasets.cifar.download_and_extract_archive', fail)
-    assert cli.main(['data', 'cifar100', '--to', str(tmp_path)]) == 2
-    assert 'cifar100: <urlopen error no route>' in capsys.readouterr().err
+    assert cli.main(['data', 'cifar100', '--to', str(tmp_path)]) == 1
+    assert 'FAILED  cifar100  <urlopen error no route>' in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 

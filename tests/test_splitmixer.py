@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.nn.utils import prune
+from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -528,6 +529,15 @@ class TestMemoryFormat:
             torch.testing.assert_close(model._infer(x, 1), expected)
         assert torch.equal(x, before)
 
+    @pytest.mark.parametrize('change', [
+        lambda blocks: nn.Identity(), lambda blocks: blocks[0], lambda blocks: nn.Sequential(blocks[:1], blocks[1:])])
+    def test_other_blocks(self, change, images):
+        model = SplitMixer(24, 3).eval()
+        model.blocks = change(model.blocks)
+        expected = model(images)
+        with torch.no_grad():
+            torch.testing.assert_close(model(images), expected)
+
     def test_segments_in_place_after_a_change(self):
         """ Of a convolution that was put there the output may have other channels, or another type."""
         for channels, dtype in ((16, torch.double), (1, torch.float), (17, torch.float)):
@@ -572,6 +582,16 @@ class TestMemoryFormat:
             assert size() == 1
             with FlopCounterMode(display=False):
                 assert size() == 0
+            with BaseTorchFunctionMode():
+                assert size() == 0
+            with torch.device('cpu'):
+                assert size() == 1
+            features = features.as_subclass(type('Logged', (torch.Tensor,), {}))
+            assert size() == 0
+            features = features.as_subclass(torch.Tensor)
+            model = SplitMixer(24, 2).eval()
+            model.blocks[1].compile(backend='eager')
+            assert size(model) == 0
             model = SplitMixer(24, 2).eval()
             images = torch.randn(4, 3, 6, 6)
             traced = make_fx(model, tracing_mode='symbolic', _allow_non_fake_inputs=True)(images[:2])
