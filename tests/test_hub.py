@@ -429,7 +429,7 @@ class TestRefused:
         lambda model: setattr(model.blocks[1].channel_mixing, 'act', nn.ReLU()),
         lambda model: setattr(model.blocks[0].channel_mixing.norm, 'eps', 0.1),
         lambda model: model.head.register_forward_hook(lambda module, args, logits: -logits),
-        lambda model: model.register_forward_pre_hook(lambda module, args: args[0].sub_(0.5) and None),
+        lambda model: model.register_forward_pre_hook(lambda module, args: (args[0].sub_(0.5), None)[1]),
         lambda model: setattr(model.half().blocks[0].channel_mixing, 'act', nn.ReLU()),
     ], ids=['layer', 'activation', 'eps', 'hook', 'in place', 'half'])
     def test_changed_model(self, server, change):
