@@ -12,7 +12,7 @@ import timm
 from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, get_pretrained_cfg, is_model
 
 from . import __version__, convmixer, manifest, splitmixer
-from .image_folders import DATASETS, write_image_folders
+from .image_folders import SOURCES, write_image_folders
 
 ARCHITECTURES = {**splitmixer.VARIANTS, **convmixer.VARIANTS}
 RECIPES_DIR = Path(__file__).resolve().parent / 'recipes'
@@ -374,7 +374,7 @@ def _benchmark(args: argparse.Namespace) -> int:
             requests.append(benchmark.Settings(
                 protocol, str(device), **axes,
                 batches=args.batches or (1 if on_cpu and protocol == 'steady' else 100),
-                repeats=args.repeats or 5,
+                repeats=args.repeats,
             ))
             benchmark.check_settings(requests[-1])
         rows = benchmark.check_models(args.models)
@@ -461,7 +461,7 @@ def _parser() -> argparse.ArgumentParser:
             'official test split), which train.py, validate.py, verify and train_zoo read. The original files are kept '
             'in DIR. Photographs to train on are shrunk to 230 x 230, as the recipes of Flowers102 and Food101 want.'))
     command.add_argument(
-        'names', metavar='NAME', nargs='+', choices=DATASETS, help=f'one or more of {", ".join(DATASETS)}')
+        'names', metavar='NAME', nargs='+', choices=SOURCES, help=f'one or more of {", ".join(SOURCES)}')
     command.add_argument('--to', metavar='DIR', type=Path, required=True, help='folder to write to')
     command.set_defaults(run=_data)
 
@@ -486,7 +486,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         '--batches', type=positive, metavar='N',
         help='batches timed, in each repeat (default: 100; steady on a CPU, where one takes seconds: 1)')
-    command.add_argument('--repeats', type=positive, metavar='N', help='repeats of steady (default: 5)')
+    command.add_argument(
+        '--repeats', type=positive, default=5, metavar='N', help='repeats of steady (default: %(default)s)')
     command.add_argument(
         '--results', type=Path, metavar='DIR',
         help='where results are kept (default: benchmarks/results of the checkout, or of the folder this runs in)')

@@ -10,16 +10,18 @@ from PIL import Image
 from torchvision import datasets
 from tqdm import tqdm
 
-__all__ = ['DATASETS', 'write_image_folders']
+__all__ = ['SOURCES', 'write_image_folders']
 
 _CIFAR = {'train': [dict(train=True)], 'validation': [dict(train=False)]}
-# torchvision's class of each, and its official splits that go into each folder
-DATASETS: Dict[str, Tuple[str, Dict[str, List[Dict[str, Any]]]]] = {
+# torchvision's class of each, and its official splits that go into each folder; of photographs it is to give the paths
+SOURCES: Dict[str, Tuple[str, Dict[str, List[Dict[str, Any]]]]] = {
     'cifar10': ('CIFAR10', _CIFAR),
     'cifar100': ('CIFAR100', _CIFAR),
     'flowers102': ('Flowers102', {
-        'train': [dict(split='train'), dict(split='val')], 'validation': [dict(split='test')]}),
-    'food101': ('Food101', {'train': [dict(split='train')], 'validation': [dict(split='test')]}),
+        'train': [dict(split='train', loader=Path), dict(split='val', loader=Path)],
+        'validation': [dict(split='test', loader=Path)]}),
+    'food101': ('Food101', {
+        'train': [dict(split='train', loader=Path)], 'validation': [dict(split='test', loader=Path)]}),
 }
 TRAIN_SIZE = 230, 230  # of photographs: the paper's pipeline shrinks them to this before it trains
 
@@ -40,18 +42,17 @@ def _write(image: Union[Image.Image, Path], folder: Path, index: int, is_train: 
         shutil.copyfile(image, folder / image.name)
 
 
-def _images(name: str, root: Path, split: str, is_download: bool) -> Iterator[Tuple[Union[Image.Image, Path], str]]:
+def _images(name: str, root: Path, split: str) -> Iterator[Tuple[Union[Image.Image, Path], str]]:
     """ Images of a folder's splits, those of files as their paths, and the name of the folder of each one's class."""
-    class_name, splits = DATASETS[name]
-    kwargs = {} if splits is _CIFAR else dict(loader=Path)
+    class_name, splits = SOURCES[name]
     for part in splits[split]:
-        dataset = getattr(datasets, class_name)(root, download=is_download, **kwargs, **part)
+        dataset = getattr(datasets, class_name)(root, download=True, **part)
         for image, label in dataset:
             # labels of flowers are not in alphabetical order, by which timm numbers folders
             yield image, f'{label + 1:03d}' if name == 'flowers102' else dataset.classes[label]
 
 
-def write_image_folders(name: str, root: Union[str, Path], download: bool = True) -> Path:
+def write_image_folders(name: str, root: Union[str, Path]) -> Path:
     """ Write a data set as image folders `root/name/train/CLASS` and `root/name/validation/CLASS`.
 
     `validation` is the official test split, `train` the rest. CIFAR's images are PNG, pixel for pixel. Photographs to
@@ -59,9 +60,9 @@ def write_image_folders(name: str, root: Union[str, Path], download: bool = True
     copied as they are.
 
     Args:
-        name: One of `DATASETS`.
-        root: Folder in which the original files are or, with `download`, come to be, as torchvision keeps them.
-        download: Have torchvision download what is not there.
+        name: One of `SOURCES`.
+        root: Folder in which the original files are as torchvision keeps them, or come to be: it downloads what is not
+            there.
 
     Returns:
         The folder `root/name`.
@@ -70,11 +71,11 @@ def write_image_folders(name: str, root: Union[str, Path], download: bool = True
         ValueError: If there is no such data set.
         FileExistsError: If `root/name` is there.
         ModuleNotFoundError: If Flowers102 is asked for without SciPy, by which torchvision reads its labels.
-        RuntimeError: If the files are not there, or not those whose md5 torchvision has.
+        RuntimeError: If the files are not those whose md5 torchvision has.
         OSError: If they cannot be downloaded, or the folders not be written.
     """
-    if name not in DATASETS:
-        raise ValueError(f'name must be one of {", ".join(map(repr, DATASETS))}, got {name!r}.')
+    if name not in SOURCES:
+        raise ValueError(f'name must be one of {", ".join(map(repr, SOURCES))}, got {name!r}.')
     root = Path(root)
     target = root / name
     if target.exists():
@@ -84,11 +85,11 @@ def write_image_folders(name: str, root: Union[str, Path], download: bool = True
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=f'.{name}.') as temporary:
         staged = Path(temporary) / name
-        for split in DATASETS[name][1]:
+        for split in SOURCES[name][1]:
             executor = ThreadPoolExecutor(os.cpu_count())
             try:
                 jobs = []
-                for index, (image, label) in enumerate(_images(name, root, split, download)):
+                for index, (image, label) in enumerate(_images(name, root, split)):
                     folder = staged / split / label
                     folder.mkdir(parents=True, exist_ok=True)
                     jobs.append(executor.submit(_write, image, folder, index, split == 'train'))

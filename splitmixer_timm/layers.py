@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.utils._device import DeviceContext
 
 __all__ = [
-    'AxisConv2d', 'ChannelsLastGELU', 'has_known_size', 'hold_format', 'interleave', 'is_every_operation_watched',
+    'AxisConv2d', 'ChannelsLastGELU', 'has_known_size', 'has_modes', 'hold_format', 'interleave',
     'is_everything_watched', 'is_pointwise', 'is_transformed', 'is_watched', 'pack_segments', 'separate_convs',
     'take_segment', 'to_fast_format', 'to_square_format', 'unpack_segments',
 ]
@@ -34,7 +34,7 @@ def is_transformed(x: torch.Tensor) -> bool:
     return in_forward_mode or _transform_stack() is not None or _is_batched(x)
 
 
-def is_every_operation_watched() -> bool:
+def has_modes() -> bool:
     """ Whether a mode of torch sees all operations, other than the one that stands for a default device."""
     return _count_dispatch_modes() > 0 or any(not isinstance(mode, DeviceContext) for mode in _function_modes())
 

@@ -617,7 +617,7 @@ class SplitMixer(nn.Module):
         if (
                 torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
                 or type(x) is not torch.Tensor or x.device.type != 'cpu' or layers.is_everything_watched()
-                or layers.is_every_operation_watched() or layers.is_transformed(x)
+                or layers.has_modes() or layers.is_transformed(x)
         ):
             return 0
         for module in self.blocks.modules():
@@ -632,9 +632,9 @@ class SplitMixer(nn.Module):
     @torch.jit.ignore
     def _infer(self, x: torch.Tensor, size: int) -> torch.Tensor:
         """ Features through all blocks, `size` images at a time."""
-        pieces = []
+        blocks, pieces = _steps(self.blocks), []
         for piece in x.split(size):
-            for block in _steps(self.blocks):
+            for block in blocks:
                 piece = block.infer(piece) if type(block) is SplitMixerBlock else block(piece)
             pieces.append(piece)
         return torch.cat(pieces) if len(pieces) > 1 else pieces[0]

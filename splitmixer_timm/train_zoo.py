@@ -50,7 +50,7 @@ from .add_run import (
     weights_content,
 )
 from .cli import RECIPES_DIR, positive
-from .image_folders import DATASETS
+from .image_folders import SOURCES
 from .machine import device_name, has_bfloat16
 from .run import environment
 from .runs import (
@@ -590,7 +590,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         for split in ('train', 'validation'):
             if not (args.data_dir / dataset / split).is_dir():
                 parser.error(f'--data-dir must have image folders {dataset}/{split}, {args.data_dir} has not' + (
-                    f': `splitmixer-timm data {dataset} --to DIR` makes them' if dataset in DATASETS else ''))
+                    f': `splitmixer-timm data {dataset} --to DIR` makes them' if dataset in SOURCES else ''))
             try:
                 check_images(args.data_dir / dataset / split, dataset)
             except ValueError as e:
