@@ -1,0 +1,54 @@
+""" torchvision's RandAugment, which the paper trains with, for timm's train.py.
+
+`--device-modules splitmixer_timm splitmixer_timm.randaugment --aa torchvision-m12-n2`: two operations, each at bin 12
+of the 31 from 0 to 30. timm's own at that strength, `rand-m4-n2-p1.0-mstd0-inc1`, draws Invert and SolarizeAdd besides,
+does not draw Identity, posterizes to 3 bits in place of 6, and fills empty corners with the mean colour in place of
+black.
+"""
+import re
+from typing import Any, Callable, Dict, Optional
+
+from timm.data import transforms_factory
+from torchvision import transforms
+
+__all__ = ['BINS', 'RandAugment', 'torchvision_rand_augment']
+
+BINS = 31  # magnitudes, torchvision's default
+_timms = transforms_factory.auto_augment_transform
+
+
+class RandAugment(transforms.RandAugment):
+    """ torchvision's, which makes its table of operations and magnitudes anew for each image, a tenth of the time."""
+
+    _spaces: Dict[Any, Dict[str, Any]] = {}
+
+    def _augmentation_space(self, *args: Any) -> Dict[str, Any]:
+        if args not in self._spaces:
+            self._spaces[args] = super()._augmentation_space(*args)
+        return self._spaces[args]
+
+
+def torchvision_rand_augment(config: str) -> RandAugment:
+    """ torchvision's RandAugment of a policy as train.py's `--aa` has it.
+
+    Args:
+        config: 'torchvision-m12-n2': the magnitude, a bin from 0 to 30, and the operations on an image.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    match = re.fullmatch(r'torchvision-m(?P<m>\d+)-n(?P<n>\d+)', config)
+    magnitude, operations = (int(match['m']), int(match['n'])) if match else (BINS, 0)
+    if magnitude >= BINS or operations < 1:
+        raise ValueError(
+            f"aa must be 'torchvision-mM-nN', M from 0 to {BINS - 1} and N at least 1, got {config!r}")
+    return RandAugment(num_ops=operations, magnitude=magnitude, num_magnitude_bins=BINS)
+
+
+def _auto_augment_transform(config_str: str, hparams: Optional[Dict[str, Any]] = None) -> Callable:
+    if config_str.startswith('torchvision'):
+        return torchvision_rand_augment(config_str)
+    return _timms(config_str, hparams)
+
+
+transforms_factory.auto_augment_transform = _auto_augment_transform
