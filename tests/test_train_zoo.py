@@ -64,6 +64,7 @@ for epoch in range(first, last + 1):
         (ask / 'hang').rename(ask / 'hung')
         time.sleep(600)
 """
+RECIPES_MODULES = ['splitmixer_timm', 'splitmixer_timm.randaugment']
 NAME = 'splitmixer_i_256_8.cifar10'
 OTHER = 'splitmixer_iv_256_8.cifar100'
 QUEUE = {
@@ -302,7 +303,7 @@ def test_shared_images(zoo, monkeypatch, capsys):
     training = zoo.entries()[OTHER]['training']
     assert training['recipe'].endswith('; images shared with other runs')
     args = yaml.safe_load((manifest.WEIGHTS_DIR / training['args']).read_text())
-    assert args['device_modules'] == ['splitmixer_timm', 'splitmixer_timm.shared_images']
+    assert args['device_modules'] == [*RECIPES_MODULES, 'splitmixer_timm.shared_images']
 
 
 @pytest.mark.parametrize(('device', 'said'), [('cuda', 'amp_dtype float16; fused kernels'), ('cpu', None)])
@@ -313,8 +314,8 @@ def test_fused(zoo, device, said):
     ours, baseline = (model.runs[0].config for model in train_zoo.read_queue(
         zoo.path / 'queue.yaml', [], zoo.path / 'runs', zoo.path / 'scripts' / 'train.py', [train_zoo.FUSED],
         data_dir=zoo.path / 'data', device=device, workers=1, **train_zoo.mixed_precision(device)))
-    assert ours['device_modules'] == ['splitmixer_timm', 'splitmixer_timm.train_fused']
-    assert baseline['device_modules'] == ['splitmixer_timm']
+    assert ours['device_modules'] == [*RECIPES_MODULES, 'splitmixer_timm.train_fused']
+    assert baseline['device_modules'] == RECIPES_MODULES
     for config in (ours, baseline):
         assert config['opt_kwargs'] == {'filter_bias_and_bn': False, 'fused': True}
     plain, _ = train_zoo.read_queue(
@@ -695,7 +696,7 @@ def test_modules_of_the_queue(zoo):
     path, script = zoo.path / 'queue.yaml', zoo.path / 'scripts' / 'train.py'
     path.write_text(yaml.safe_dump({NAME: dict(recipe='cifar10', args=dict(device_modules=['json']))}))
     model, = train_zoo.read_queue(path, [], zoo.path, script, modules=['csv'], data_dir=zoo.path)
-    assert model.runs[0].config['device_modules'] == ['splitmixer_timm', 'json', 'csv']
+    assert model.runs[0].config['device_modules'] == [*RECIPES_MODULES, 'json', 'csv']
 
 
 def test_planned_epochs_of_a_cycle():
