@@ -155,7 +155,7 @@ class TestTimmScripts:
             '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', torch.cuda.device_count(),
             os.path.join(SCRIPTS, 'train.py'), '--config', RECIPE, '--dataset', '', '--data-dir', folders,
             '--workers', 1, '--batch-size', 32, '--sync-bn', '--epochs', 1, '--warmup-epochs', 1,
-            '--lr-cycle-limit', 1, '--device-modules', 'splitmixer_timm', *modules,
+            '--lr-cycle-limit', 1, '--device-modules', 'splitmixer_timm', 'splitmixer_timm.randaugment', *modules,
             '--output', tmp_path, '--experiment', 'run')
         assert done.returncode == 0, done.stderr
         assert len((tmp_path / 'run' / 'summary.csv').read_text().splitlines()) == 3
