@@ -25,8 +25,6 @@ from .layers import is_watched
 from .splitmixer import INDEPENDENT, SplitMixer, SplitMixerBlock
 
 try:
-    from triton import cdiv
-
     from . import kernels, training_kernels
 except ImportError:  # torch for another platform comes without Triton
     kernels = None
@@ -36,6 +34,11 @@ __all__ = ['fuse_for_training']
 # Up to this many channels a product of half precision waits for memory, however many of its weights are zero.
 MAX_DENSE = 512
 _INTERPRETED = kernels is not None and bool(kernels.INTERPRETED)
+
+
+def _cdiv(size: int, block: int) -> int:
+    """ Blocks of a size. triton.cdiv is made for kernels, and takes microseconds here, hundreds of times a step."""
+    return -(-size // block)
 
 
 class _Launch:
@@ -56,11 +59,11 @@ class _Launch:
         is_backward = kernel is training_kernels.spatial_grad_kernel
         blocks = training_kernels.BACKWARD if is_backward else training_kernels.FORWARD
         N, H, W, C = self.shape
-        places = N * cdiv(H, blocks['BH']) * cdiv(W, blocks['BW'])
+        places = N * _cdiv(H, blocks['BH']) * _cdiv(W, blocks['BW'])
         if sums:
             out = self.empty(places, sums)
             args = (*args, out)
-        kernel[(places * cdiv(C, blocks['BC']),)](
+        kernel[(places * _cdiv(C, blocks['BC']),)](
             *args, N, H, W, C, K=kernel_size, **kwargs, ALIGN=math.gcd(C, 4), **blocks, num_stages=1,
             enable_fp_fusion=True)
         return out if sums else None
@@ -75,11 +78,11 @@ class _Launch:
     ) -> Optional[torch.Tensor]:
         """ Launch a step of the pointwise kernel; its sums (places, 1 or 2, C) if it has any."""
         blocks = dict(training_kernels.POINTWISE[step])
-        columns = cdiv(self.channels, blocks['BC'])
-        rows = cdiv(self.count, blocks['BM'])
-        while blocks['TILES'] > 1 and cdiv(rows, blocks['TILES']) * columns < training_kernels.PROGRAMS:
+        columns = _cdiv(self.channels, blocks['BC'])
+        rows = _cdiv(self.count, blocks['BM'])
+        while blocks['TILES'] > 1 and _cdiv(rows, blocks['TILES']) * columns < training_kernels.PROGRAMS:
             blocks['TILES'] //= 2
-        places = cdiv(rows, blocks['TILES'])
+        places = _cdiv(rows, blocks['TILES'])
         sums = None if step == 'norm' else self.empty(places, 1 if step == 'grad' else 2)
         training_kernels.pointwise_kernel[(places * columns,)](
             u, other, out, params, sums, self.count, self.channels, STEP=step, **self.common, **blocks, num_stages=1,
@@ -100,7 +103,7 @@ class _Launch:
         momentum = norm.momentum if norm.momentum is not None else 1 / (float(norm.num_batches_tracked) + 1)
         moments = self.empty(2)
         blocks = training_kernels.NORM
-        training_kernels.norm_kernel[(cdiv(self.channels, blocks['BC']),)](
+        training_kernels.norm_kernel[(_cdiv(self.channels, blocks['BC']),)](
             sums, weight, bias, norm.running_mean, norm.running_var, norm.num_batches_tracked, affine, moments,
             len(sums), self.count, self.channels, momentum, norm.eps, **blocks, num_warps=8, enable_fp_fusion=True)
         return moments
@@ -117,7 +120,7 @@ class _Launch:
         bias_grad = torch.empty_like(weight)
         coefficients = self.empty(3)
         blocks = training_kernels.NORM
-        training_kernels.norm_grad_kernel[(cdiv(self.channels, blocks['BC']),)](
+        training_kernels.norm_grad_kernel[(_cdiv(self.channels, blocks['BC']),)](
             sums, weight, moments, weight_grad, bias_grad, coefficients, len(sums), self.count, self.channels,
             ROW=row, ROWS=sums.shape[1], **blocks, num_warps=8, enable_fp_fusion=True)
         return weight_grad, bias_grad, coefficients
