@@ -80,11 +80,12 @@ def speed_tables() -> str:
             alike[rows[0]['device']] = reports.measured(rows, 'steady')
     parts = []
     for _, rows in throughput():
-        if reports.is_papers(rows) and reports.measured(rows, 'steady'):
-            others = reports.other_processes(rows)
+        steady = list(reports.measured(rows, 'steady').values())
+        if reports.is_papers(rows) and steady:
+            others = reports.other_processes(steady)
             parts += [
                 speed_table(rows, alike.get(rows[0]['device'])),
-                f'{reports.source(rows)}.{f" {others}." if others else ""}']
+                f'{reports.source(steady)}.{f" {others}." if others else ""}']
     return '\n\n'.join(parts) or 'None of ours is measured yet.'
 
 

@@ -156,9 +156,13 @@ def source(rows: Rows) -> str:
 
 def other_processes(rows: Rows) -> str:
     """ Whether a GPU had no other process while the rows were measured; nothing where there was no GPU."""
-    others = {row['other_processes'] for row in rows} - {''}
+    others = [row['other_processes'] for row in rows if row['other_processes']]
+    if not others:
+        return ''
+    alone, known = others.count('0'), [n for n in others if n != 'unknown']
     return 'Only process on the GPU: ' + (
-        'yes' if others == {'0'} else 'no' if others != {'unknown'} else 'unknown') if others else ''
+        'unknown' if not known else 'yes' if alone == len(others) else
+        f'for {alone} of {len(others)} rows' if alone else 'no')
 
 
 def describe(rows: Rows) -> str:

@@ -37,7 +37,7 @@ _INTERPRETED = kernels is not None and bool(kernels.INTERPRETED)
 
 
 def _cdiv(size: int, block: int) -> int:
-    """ Blocks of a size. triton.cdiv is made for kernels, and takes microseconds here, hundreds of times a step."""
+    """ Blocks of a size. triton.cdiv is made for kernels and slow outside of them, and a step has hundreds of these."""
     return -(-size // block)
 
 

@@ -8,19 +8,18 @@ black.
 import re
 from typing import Any, Callable, Dict, Optional
 
-from timm.data import transforms_factory
+from timm.data import auto_augment, transforms_factory
 from torchvision import transforms
 
 __all__ = ['BINS', 'RandAugment', 'torchvision_rand_augment']
 
 BINS = 31  # magnitudes, torchvision's default
-_timms = transforms_factory.auto_augment_transform
 
 
 class RandAugment(transforms.RandAugment):
-    """ torchvision's, which makes its table of operations and magnitudes anew for each image, a tenth of the time."""
+    """ torchvision's, that keeps the table of operations and magnitudes, which is made anew there for each image."""
 
-    _spaces: Dict[Any, Dict[str, Any]] = {}
+    _spaces: Dict[Any, Dict[str, Any]] = {}  # one for each size of image
 
     def _augmentation_space(self, *args: Any) -> Dict[str, Any]:
         if args not in self._spaces:
@@ -37,18 +36,18 @@ def torchvision_rand_augment(config: str) -> RandAugment:
     Raises:
         ValueError: If it is anything else.
     """
-    match = re.fullmatch(r'torchvision-m(?P<m>\d+)-n(?P<n>\d+)', config)
-    magnitude, operations = (int(match['m']), int(match['n'])) if match else (BINS, 0)
-    if magnitude >= BINS or operations < 1:
+    match = re.fullmatch(r'torchvision-m([0-9]+)-n([0-9]+)', config)
+    if not match or int(match[1]) >= BINS or int(match[2]) < 1:
         raise ValueError(
             f"aa must be 'torchvision-mM-nN', M from 0 to {BINS - 1} and N at least 1, got {config!r}")
-    return RandAugment(num_ops=operations, magnitude=magnitude, num_magnitude_bins=BINS)
+    return RandAugment(num_ops=int(match[2]), magnitude=int(match[1]), num_magnitude_bins=BINS)
 
 
 def _auto_augment_transform(config_str: str, hparams: Optional[Dict[str, Any]] = None) -> Callable:
     if config_str.startswith('torchvision'):
         return torchvision_rand_augment(config_str)
-    return _timms(config_str, hparams)
+    return auto_augment.auto_augment_transform(config_str, hparams)
 
 
+# where timm's pipeline of training images looks it up
 transforms_factory.auto_augment_transform = _auto_augment_transform

@@ -1,6 +1,7 @@
 """ Every SplitMixer that timm creates after the import of this trains by the kernels of `fuse_for_training`.
 
-For timm's train.py: `--device-modules splitmixer_timm splitmixer_timm.train_fused`.
+For timm's train.py: `--device-modules splitmixer_timm splitmixer_timm.train_fused`, beside a recipe of the paper
+`splitmixer_timm.randaugment` as well, for it is then in place of the recipe's.
 """
 import logging
 

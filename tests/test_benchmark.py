@@ -640,8 +640,11 @@ class TestReport:
             assert "**not the paper's protocol** here: " in text
             assert words in text
         text = benchmark_report.describe([{**rows[0], 'other_processes': '2'}, {**rows[1], 'stable': 'no'}])
-        assert 'Only process on the GPU: no' in text
+        assert 'Only process on the GPU: for 1 of 2 rows' in text
         assert 'Not yet stable when warm-up ended: II, s = 3' in text
+        for others, answer in (('2', 'no'), ('unknown', 'unknown')):
+            text = benchmark_report.describe([{**row, 'other_processes': others} for row in rows])
+            assert f'Only process on the GPU: {answer}.' in text
 
     def test_says_what_is_missing(self, rows):
         assert 'Not measured by it' not in benchmark_report.describe(rows)

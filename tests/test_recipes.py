@@ -140,10 +140,10 @@ class TestPaper:
 
 @pytest.mark.parametrize('name', PLUS)
 def test_plus(name):
-    """ The paper's network; no step of the learning rate is a jump."""
+    """ The paper's network and RandAugment; no step of the learning rate is a jump."""
     recipe, base = RECIPES[name], RECIPES[name.removesuffix('_plus')]
-    assert {key: recipe.get(key) for key in ('model', 'model_kwargs', 'dataset')} == {
-        key: base.get(key) for key in ('model', 'model_kwargs', 'dataset')}
+    for key in ('model', 'model_kwargs', 'dataset', 'aa'):
+        assert recipe.get(key) == base.get(key)
     _, optimizer, args = build(recipe)
     scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=97)
     rates = [0.]
@@ -164,7 +164,8 @@ def test_ablation_differs_in_one_thing(name):
 
 def test_timms_randaugment_at_that_strength():
     """ What README sets beside torchvision's: always applied, 0.4 of the greatest strength, as bin 12 of 30 is."""
-    transform = rand_augment_transform('rand-m4-n2-p1.0-mstd0-inc1', {'img_mean': (1, 2, 3)})
+    aa = 'rand-m4-n2-p1.0-mstd0-inc1'
+    transform = rand_augment_transform(aa, {'img_mean': (1, 2, 3)})
     assert transform.num_layers == 2
     assert {op.prob for op in transform.ops} == {1.}
     assert {op.magnitude for op in transform.ops} == {4}
@@ -184,6 +185,12 @@ def test_timms_randaugment_at_that_strength():
     assert (ours['PosterizeIncreasing'][0], theirs['Posterize'][0][12]) == (3, 6)
     assert {op.kwargs['fillcolor'] for op in transform.ops} == {(1, 2, 3)}
     assert RandAugment().fill is None
+    interpolation = RECIPES['flowers102']['train_interpolation']
+    augment, = (
+        t for t in create_transform(32, is_training=True, auto_augment=aa, interpolation=interpolation).transforms
+        if type(t).__name__ == 'RandAugment')
+    assert {op.kwargs['resample'] for op in augment.ops} == {Image.Resampling.BILINEAR}
+    assert RandAugment().interpolation.value == 'nearest'
 
 
 class TestCommand:

@@ -13,6 +13,8 @@ from timm.data import create_dataset, create_loader, dataset_factory
 from timm.data.auto_augment import rand_augment_transform
 from torchvision.transforms import Compose
 
+from splitmixer_timm.randaugment import torchvision_rand_augment
+
 COUNT = 24
 
 pytest.importorskip('fcntl', reason='needs file locks')
@@ -111,6 +113,12 @@ def test_transforms_of_another_colour(module):
         return module._describe(Compose([augment]))
 
     assert describe((1, 2, 3)) == describe((1, 2, 3)) != describe((1, 2, 4))
+
+
+def test_policies_of_torchvision(module):
+    describe = {module._describe(Compose([torchvision_rand_augment(aa)])) for aa in (
+        'torchvision-m12-n2', 'torchvision-m12-n2', 'torchvision-m11-n2', 'torchvision-m12-n1')}
+    assert len(describe) == 3
 
 
 def test_without_epochs(module, root):
