@@ -80,20 +80,24 @@ def speed_tables() -> str:
             alike[rows[0]['device']] = reports.measured(rows, 'steady')
     parts = []
     for _, rows in throughput():
-        steady = list(reports.measured(rows, 'steady').values())
-        if reports.is_papers(rows) and steady:
+        results = reports.measured(rows, 'steady')
+        if reports.is_papers(rows) and results:
+            steady = list(results.values())
             others = reports.other_processes(steady)
             parts += [
-                speed_table(rows, alike.get(rows[0]['device'])),
+                speed_table(results, steady[0]['device'], alike.get(steady[0]['device'])),
                 f'{reports.source(steady)}.{f" {others}." if others else ""}']
     return '\n\n'.join(parts) or 'None of ours is measured yet.'
 
 
-def speed_table(rows: List[Dict[str, str]], alike: Optional[Dict[Tuple[str, str], Dict[str, str]]]) -> str:
+def speed_table(
+        results: Dict[Tuple[str, str], Dict[str, str]],
+        device: str,
+        alike: Optional[Dict[Tuple[str, str], Dict[str, str]]],
+) -> str:
     """ Of one device; `alike` are its results with all models in channels_last."""
     params = {(row['model'], row['arguments']): row['params'] for row in complexity('sweep')}
-    results = reports.measured(rows, 'steady')
-    header = ['model', 'parameters', "paper's V100", 'ratio', rows[0]['device'], 'spread', 'ratio']
+    header = ['model', 'parameters', "paper's V100", 'ratio', device, 'spread', 'ratio']
     header += [] if alike is None else ['ratio, all in channels_last']
     lines = []
     for row, (name, v100) in TABLE3.items():

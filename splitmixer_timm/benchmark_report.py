@@ -159,10 +159,14 @@ def other_processes(rows: Rows) -> str:
     others = [row['other_processes'] for row in rows if row['other_processes']]
     if not others:
         return ''
-    alone, known = others.count('0'), [n for n in others if n != 'unknown']
-    return 'Only process on the GPU: ' + (
-        'unknown' if not known else 'yes' if alone == len(others) else
-        f'for {alone} of {len(others)} rows' if alone else 'no')
+    alone = others.count('0')
+    if alone == len(others):
+        answer = 'yes'
+    elif alone:
+        answer = f'for {alone} of {len(others)} rows'
+    else:
+        answer = 'unknown' if set(others) == {'unknown'} else 'no'
+    return f'Only process on the GPU: {answer}'
 
 
 def describe(rows: Rows) -> str:

@@ -1,7 +1,6 @@
 """ Every SplitMixer that timm creates after the import of this trains by the kernels of `fuse_for_training`.
 
-For timm's train.py: `--device-modules splitmixer_timm splitmixer_timm.train_fused`, beside a recipe of the paper
-`splitmixer_timm.randaugment` as well, for it is then in place of the recipe's.
+For timm's train.py: `--device-modules splitmixer_timm splitmixer_timm.train_fused`, and what else a recipe names there.
 """
 import logging
 
