@@ -9,11 +9,22 @@ import re
 from typing import Any, Callable, Dict, Optional
 
 from timm.data import auto_augment, transforms_factory
-from torchvision.transforms import RandAugment
+from torchvision import transforms
 
-__all__ = ['BINS', 'torchvision_rand_augment']
+__all__ = ['BINS', 'RandAugment', 'torchvision_rand_augment']
 
 BINS = 31  # magnitudes, torchvision's default
+
+
+class RandAugment(transforms.RandAugment):
+    """ torchvision's, that keeps its table of magnitudes: to make it takes almost as long as what is done by it."""
+
+    _spaces: Dict[Any, Dict[str, Any]] = {}  # one for each size of image
+
+    def _augmentation_space(self, *args: Any) -> Dict[str, Any]:
+        if args not in self._spaces:
+            self._spaces[args] = super()._augmentation_space(*args)
+        return self._spaces[args]
 
 
 def torchvision_rand_augment(config: str) -> RandAugment:

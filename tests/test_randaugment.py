@@ -4,7 +4,10 @@ import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 from timm.data import auto_augment
 from timm.data.transforms_factory import create_transform
 from torchvision import transforms
@@ -19,9 +22,31 @@ def _policy(aa):
     return pipeline[2]  # after the crop and the flip
 
 
+def test_images_are_torchvisions():
+    """ Those of the same random numbers, whatever sizes take turns."""
+    ours = randaugment.torchvision_rand_augment('torchvision-m12-n2')
+    theirs = transforms.RandAugment(num_ops=2, magnitude=12)
+    noise = np.random.default_rng(0)
+    for seed, (width, height) in enumerate([(32, 32), (32, 24), (17, 32), (32, 32)] * 50):
+        image = Image.fromarray(noise.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        torch.manual_seed(seed)
+        expected = theirs(image)
+        torch.manual_seed(seed)
+        assert ours(image) == expected
+
+
+def test_tables_are_of_their_strength():
+    """ Two of them in a process do not take each other's."""
+    shears = [
+        randaugment.RandAugment(num_magnitude_bins=bins)._augmentation_space(bins, (32, 32))['ShearX'][0]
+        for bins in (31, 11, 31)]
+    assert [len(shear) for shear in shears] == [31, 11, 31]
+    assert shears[0] is shears[2]
+
+
 def test_of_timms_pipeline():
     policy = _policy('torchvision-m7-n3')
-    assert type(policy) is transforms.RandAugment
+    assert type(policy) is randaugment.RandAugment
     assert (policy.num_ops, policy.magnitude, policy.num_magnitude_bins) == (3, 7, 31)
     assert (policy.interpolation, policy.fill) == (transforms.InterpolationMode.NEAREST, None)
 
@@ -66,4 +91,4 @@ def test_again():
     """ A second import in a notebook does not lose timm's policies."""
     importlib.reload(randaugment)
     assert type(_policy('original')) is auto_augment.AutoAugment
-    assert type(_policy('torchvision-m12-n2')) is transforms.RandAugment
+    assert type(_policy('torchvision-m12-n2')) is randaugment.RandAugment
