@@ -19,6 +19,7 @@ import statistics
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 from unittest import mock
@@ -184,7 +185,7 @@ def record_kernels(model: SplitMixer, kernels: nn.Module, images: torch.Tensor) 
     timer, x = Timer(images.device), images
     with torch.no_grad():
         _keep_busy(images.device)
-        for (kind, operations), kernel in zip(work, [kernels.stem, *kernels.blocks]):
+        for (kind, operations), kernel in zip(work, [kernels.stem, *chain.from_iterable(kernels.blocks)]):
             y, elapsed, events = timer.call(functools.partial(kernel, x))
             moved = x.nbytes + y.nbytes + sum(buffer.nbytes for buffer in kernel.buffers())
             timer.add(Operation(kind, moved, operations * y[..., 0].numel(), elapsed), events)

@@ -3,12 +3,12 @@
 
     python benchmarks/speed.py --help
 
-`plain` is benchmarks/plain.py, `created` the registered model, `compiled` that by torch.compile, `optimized` by
-`optimize_for_inference`, on CUDA `fused` by `fuse_for_training`; ONNX Runtime and OpenVINO (extra `export`) run the
-plain model's graph. All have the same weights and images, take turns in one process, in turns of about a tenth of a
-second or more, and the median counts. Each model and task has a process of its own. On a CPU the memory that torch
-frees is `returned` to the system, as glibc does by itself, or `kept`, as under jemalloc: a form that needs less memory
-gains more by the first. bf16 is left out on a processor without instructions for it.
+`plain` is benchmarks/plain.py (on CUDA in bf16 too), `created` the registered model, `compiled` that by torch.compile,
+`optimized` by `optimize_for_inference`, on CUDA `fused` by `fuse_for_training`; ONNX Runtime and OpenVINO (extra
+`export`) run the plain model's graph. All have the same weights and images, take turns in one process, in turns of
+about a tenth of a second or more, and the median counts. Each model and task has a process of its own. On a CPU the
+memory that torch frees is `returned` to the system, as glibc does by itself, or `kept`, as under jemalloc: a form that
+needs less memory gains more by the first. bf16 is left out on a processor without instructions for it.
 """
 import argparse
 import copy

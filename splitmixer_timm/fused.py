@@ -1,10 +1,11 @@
 """ What the fused forms of a SplitMixer for inference share: a model taken apart into plain tensors."""
 import copy
 from dataclasses import dataclass, replace
-from typing import Any, Callable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, List, Optional, Sequence, Tuple, Union
 
 import torch
 from timm.layers import GELU, DropPath
+from timm.models._features import feature_take_indices
 from torch import nn
 
 from .layers import AxisConv2d, ChannelsLastGELU
@@ -235,13 +236,13 @@ class FusedModel(nn.Module):
 
     def __init__(self, model: SplitMixer, dtype: torch.dtype, compute_dtype: Optional[torch.dtype] = None):
         super().__init__()
-        own = [name for name in ('forward_features', 'forward_head') if name in model.__dict__]
+        own = [name for name in ('forward_features', 'forward_intermediates', 'forward_head') if name in model.__dict__]
         if type(model) is not SplitMixer or own:
             raise Unsupported(f'model {type(model).__name__} with {" and ".join(own) or "code"} of its own')
         self.dtype = dtype
         self.compute_dtype = compute_dtype or dtype
-        for name in ('num_classes', 'num_features', 'head_hidden_size'):
-            setattr(self, name, getattr(model, name))
+        for name in ('num_classes', 'num_features', 'head_hidden_size', 'feature_info'):
+            setattr(self, name, copy.deepcopy(getattr(model, name)))
         conv = model.stem[0]
         self.in_chans, self.patch_size = conv.in_channels, conv.kernel_size[0]
         for name in ('pretrained_cfg', 'default_cfg'):
@@ -251,6 +252,32 @@ class FusedModel(nn.Module):
             setattr(self, name, copy.deepcopy(getattr(model, name)).to(dtype).requires_grad_(False))
 
     forward_head = SplitMixer.forward_head
+    get_classifier = SplitMixer.get_classifier
+
+    def _features(self, x: torch.Tensor, taken: Sequence[int] = (), depth: Optional[int] = None) -> List[torch.Tensor]:
+        """ Features after each of the blocks `taken`, and after the first `depth` of them (all if None)."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """ Images (N, in_chans, H, W) to features (N, dim, H / stride, W / stride), in channels_last memory."""
+        return self._features(x)[0]
+
+    @torch.no_grad()
+    def forward_intermediates(
+            self,
+            x: torch.Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+        """ Features and intermediate ones, as `SplitMixer.forward_intermediates` has them."""
+        assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
+        taken, last = feature_take_indices(len(self.blocks), indices)
+        *intermediates, features = self._features(x, taken, last + 1 if stop_early else None)
+        return intermediates if intermediates_only else (features, intermediates)
 
     def _check_input(self, x: torch.Tensor) -> None:
         SplitMixer._check_input(self, x)

@@ -378,31 +378,39 @@ class FusedSplitMixer(FusedModel):
         _keep_memory(4 * min(count, len(x)) * image)  # what a block takes at most
         return x.split(count)
 
-    def _pieces(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
-        """ Features of the batch, a few images at a time."""
+    def _pieces(
+            self,
+            x: torch.Tensor,
+            taken: Sequence[int] = (),
+            depth: Optional[int] = None,
+    ) -> Iterator[List[torch.Tensor]]:
+        """ `_features` of the batch, a few images at a time."""
         self._check_input(x)
         is_recorded = _is_recorded()
-        functions = self._prepare(False) if is_recorded else self._functions()
+        embed, *blocks = self._prepare(False) if is_recorded else self._functions()
         for piece in (x,) if is_recorded else self._split(x):
             piece = piece.permute(0, 2, 3, 1).to(self.compute_dtype, memory_format=torch.contiguous_format)
-            for function in functions:
-                piece = function(piece)
-            yield piece.permute(0, 3, 1, 2).to(self.dtype)
+            piece, features = embed(piece), []
+            for i, block in enumerate(blocks[:depth]):
+                piece = block(piece)
+                if i in taken:
+                    features.append(piece.clone())  # the next block may overwrite it
+            yield [x.permute(0, 3, 1, 2).to(self.dtype) for x in (*features, piece)]
 
-    @torch.no_grad()
     @torch.autocast('cpu', enabled=False)
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """ Images (N, in_chans, H, W) to features (N, dim, H / stride, W / stride), in channels_last."""
-        features, start = None, 0
-        for piece in self._pieces(x):
-            if len(piece) == len(x):
-                return piece
-            if features is None:
-                size = (len(x), *piece.shape[1:])
-                features = torch.empty(size, dtype=self.dtype, device='cpu', memory_format=torch.channels_last)
-            features[start:start + len(piece)] = piece
-            start += len(piece)
-        return features
+    def _features(self, x: torch.Tensor, taken: Sequence[int] = (), depth: Optional[int] = None) -> List[torch.Tensor]:
+        batch, start = [], 0
+        for pieces in self._pieces(x, taken, depth):
+            if len(pieces[0]) == len(x):
+                return pieces
+            batch = batch or [
+                torch.empty(
+                    (len(x), *piece.shape[1:]), dtype=self.dtype, device='cpu', memory_format=torch.channels_last)
+                for piece in pieces]
+            for features, piece in zip(batch, pieces):
+                features[start:start + len(piece)] = piece
+            start += len(pieces[0])
+        return batch
 
     @torch.no_grad()
     @torch.autocast('cpu', enabled=False)
@@ -412,7 +420,7 @@ class FusedSplitMixer(FusedModel):
                 type(part) not in ROW_WISE or any(map(is_watched, part.modules())) for part in parts):
             # who looks on, or is not known, is to have the whole batch
             return self.forward_head(self.forward_features(x))
-        logits = [self.forward_head(features) for features in self._pieces(x)]
+        logits = [self.forward_head(features) for features, in self._pieces(x)]
         return logits[0] if len(logits) == 1 else torch.cat(logits)
 
 

@@ -1,7 +1,7 @@
 """ A SplitMixer for inference on CUDA: Triton kernels, and a CUDA graph around them."""
 import threading
 from collections import OrderedDict
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import nn
@@ -90,8 +90,8 @@ class FusedSplitMixer(FusedModel):
     `forward` is captured in a CUDA graph at the first call with new sizes of images, and replayed after it; the last
     `MAX_GRAPHS` are kept. The graphs share their memory: threads, and streams, take turns. While one is captured other
     threads must not draw random numbers on the GPU. Within the capture of another graph (which must not be the first
-    call with these sizes), in a replica of `nn.DataParallel`, and by `forward_features` alone, the kernels are launched
-    one by one.
+    call with these sizes), in a replica of `nn.DataParallel`, and by `forward_features` or `forward_intermediates`
+    alone, the kernels are launched one by one.
 
     Args:
         model: The model.
@@ -106,13 +106,14 @@ class FusedSplitMixer(FusedModel):
         # fp32 products keep fp32's accuracy on tensor cores by three products in TF32, unless torch is told otherwise
         precision = 'tf32' if torch.backends.cuda.matmul.fp32_precision == 'tf32' else 'tf32x3'
         self.stem = FusedPatchEmbedding(model.stem, dtype, precision)
-        mixing = []
+        self.blocks = nn.Sequential()
         for block in model.blocks:
+            mixing = nn.Sequential()
             if not isinstance(block.spatial_mixing, nn.Identity):
                 mixing.append(FusedSpatialMixing(block))
             if not isinstance(block.channel_mixing, nn.Identity):
                 mixing.append(FusedChannelMixing(block, dtype, precision))
-        self.blocks = nn.Sequential(*mixing)
+            self.blocks.append(mixing)
         self._forget_graphs()
         self.eval()
 
@@ -140,13 +141,16 @@ class FusedSplitMixer(FusedModel):
         super().__setstate__(state)
         self._forget_graphs()
 
-    @torch.no_grad()
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """ Images (N, in_chans, H, W) to features (N, dim, H / stride, W / stride), in channels_last memory."""
+    def _features(self, x: torch.Tensor, taken: Sequence[int] = (), depth: Optional[int] = None) -> List[torch.Tensor]:
         self._check_input(x)
+        features = []
         with _launching, torch.cuda.device_of(x):
-            x = self.blocks(self.stem(x))
-        return x.permute(0, 3, 1, 2)
+            x = self.stem(x)
+            for i, block in enumerate(list(self.blocks)[:depth]):
+                x = block(x)
+                if i in taken:
+                    features.append(x)
+        return [x.permute(0, 3, 1, 2) for x in (*features, x)]
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
         features = self.forward_features(x)

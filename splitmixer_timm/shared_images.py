@@ -3,8 +3,8 @@
 Where several models train on one GPU, augmentation on the CPU can hold them up. Import this by train.py's
 `--device-modules splitmixer_timm splitmixer_timm.shared_images` (and what else a recipe names there), with
 `SPLITMIXER_SHARED_IMAGES` naming a folder in memory (`/dev/shm/NAME`): an image is augmented anew in each epoch by the
-run that comes to it first, and the others take what that one made. Each run has its own order of the images. Without
-the variable nothing changes.
+run that comes to it first, and the others take what that one made. The order of the images is each run's own, as its
+random numbers have it. Without the variable nothing changes.
 
 Epochs that all runs have passed are removed: it takes the pixels of an epoch (150 MB of CIFAR) for each epoch that the
 runs are apart. What is left at the end is for whoever names the folder to remove. Repeats of an image in an epoch

@@ -105,10 +105,34 @@ class TestSameOutputs:
         fused = optimize_for_inference(model)
         images = torch.randn(batch, 3, 16, 16)
         with torch.no_grad():
-            sizes = [len(piece) for piece in fused._pieces(images)]
+            sizes = [len(piece) for piece, in fused._pieces(images)]
         assert sizes == [3] * (batch // 3) + [batch % 3] * (batch % 3 > 0)
         assert difference(fused, model, images) < 1e-5
         assert difference(fused.forward_features, model.forward_features, images) < 1e-5
+
+    @pytest.mark.parametrize('options', [
+        {}, dict(indices=1), dict(indices=[2, 0]), dict(indices=[-1]), dict(indices=[0], stop_early=True),
+        dict(indices=[1], stop_early=True, intermediates_only=True)], ids=str)
+    @pytest.mark.parametrize('batch', [1, 4])
+    @pytest.mark.parametrize('kind', ['i', 'iv'])
+    def test_intermediates(self, kind, batch, options, monkeypatch):
+        """ Of one piece, and of several; a block that overwrites its input does not reach those before it."""
+        monkeypatch.setattr(fused_cpu, 'PIECE_BYTES', -(-3 * 24 * 8 * 8 * 4 // torch.get_num_threads()))
+        model = build(channel_mixing=kind, spatial_mixing='none' if kind == 'i' else '1d')
+        fused = optimize_for_inference(model)
+        images = torch.randn(batch, 3, 16, 16)
+        with torch.no_grad():
+            ours, expected = (m.forward_intermediates(images, **options) for m in (fused, model))
+        if not options.get('intermediates_only'):
+            (features, ours), (expected_features, expected) = ours, expected
+            torch.testing.assert_close(features, expected_features)
+        assert len(ours) == len(expected) > 0
+        for feature, expected_feature in zip(ours, expected):
+            torch.testing.assert_close(feature, expected_feature)
+
+    def test_intermediates_of_another_layout(self, images):
+        with pytest.raises(AssertionError, match='NCHW'):
+            optimize_for_inference(build()).forward_intermediates(images, output_fmt='NLC')
 
     @pytest.mark.parametrize(('patch_size', 'patch_stride'), [(34, 1), (40, None)])
     def test_large_patches(self, patch_size, patch_stride):
@@ -195,8 +219,11 @@ class TestInterface:
     def test_attributes(self, images):
         model = timm.create_model('splitmixer_i_256_8', depth=1).eval()
         fused = optimize_for_inference(model)
-        for name in ('num_classes', 'num_features', 'head_hidden_size', 'in_chans', 'pretrained_cfg', 'default_cfg'):
+        for name in (
+                'num_classes', 'num_features', 'head_hidden_size', 'in_chans', 'feature_info', 'pretrained_cfg',
+                'default_cfg'):
             assert getattr(fused, name) == getattr(model, name)
+        assert fused.get_classifier() is fused.head
         assert timm.data.resolve_model_data_config(fused) == timm.data.resolve_model_data_config(model)
         features = fused.forward_features(images)
         torch.testing.assert_close(fused.forward_head(features), fused(images))

@@ -51,6 +51,9 @@ def _assert_equal_to_eager(model, x, dtype=torch.float32, tolerance=TOLERANCE):
     _assert_close(features, model.forward_features(x), tolerance)
     _assert_close(fused.forward_head(features), model(x), tolerance)
     assert features.dtype == dtype
+    intermediates = fused.forward_intermediates(x, intermediates_only=True)
+    for ours, reference in zip(intermediates, model.forward_intermediates(x, intermediates_only=True), strict=True):
+        _assert_close(ours, reference, tolerance)
 
 
 @not_interpreted
@@ -123,7 +126,7 @@ def test_packing():
     """ What passes unchanged is not multiplied by more than its tile, and a shared convolution is kept once."""
     def mixing(**kwargs):
         model = _model(dim=256, depth=2, **kwargs)
-        return [m for m in fused_cuda.build(model, torch.float32).blocks if hasattr(m, 'tiles')]
+        return [channel for _, channel in fused_cuda.build(model, torch.float32).blocks]
 
     first, second = mixing(channel_mixing='i')
     assert first.tiles.tolist() == [[0, 192, 0], [0, 192, 192], [0, 192, 384], [192, 256, 576]]
