@@ -32,11 +32,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from timm.data import create_dataset, resolve_data_config
 from timm.data.dataset_factory import _TRAIN_SYNONYM
-from timm.layers import SelectAdaptivePool2d
+from timm.layers import SelectAdaptivePool2d, unfreeze_batch_norm_2d
 from timm.layers.create_act import _ACT_LAYER_DEFAULT
 from timm.models import ConvMixer, get_model_args, is_model, load_state_dict, model_entrypoint
 from timm.models._hub import save_config_for_hf
 from torch import nn
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 from . import __version__, manifest
 from .card import DATASETS, merge_cards, model_card
@@ -54,7 +55,7 @@ from .runs import (
     sorted_classes,
     split_dataset,
 )
-from .splitmixer import _NORM_LAYERS, SplitMixer
+from .splitmixer import _NORM_LAYERS, SplitMixer, copy_model
 
 __all__ = ['HubError', 'Release', 'pull_from_hub', 'push_to_hub']
 
@@ -233,6 +234,9 @@ class Release:
             raise ValueError(
                 'model must be a SplitMixer or ConvMixer of this package made by timm.create_model, got '
                 f'{type(self.model).__name__}.')
+        if any(type(module) is FrozenBatchNorm2d for module in self.model.modules()):
+            # of timm.utils.freeze; a model that is created from config.json has none
+            self.model = unfreeze_batch_norm_2d(copy_model(self.model))
         if not isinstance(self.model.global_pool, SelectAdaptivePool2d):
             raise ValueError(
                 'global_pool of the model must be the one it was made with, got '

@@ -266,6 +266,20 @@ class TestContents:
             (tmp_path / name).write_bytes(content)
         assert hub.folder_release(tmp_path).name == ZOO
 
+    @pytest.mark.parametrize('name', ['splitmixer_i_256_8', 'convmixer_256_8'])
+    def test_frozen_norms(self, name, tmp_path):
+        """ timm's freeze makes other modules of them, with a buffer less; the model is left frozen."""
+        model = timm.create_model(name, pretrained=True, num_classes=3)
+        timm.utils.freeze(model, ['stem', 'blocks.0'])
+        frozen = set(model.state_dict())
+        for file, content in hub.Release(model).files(REPO).items():
+            (tmp_path / file).write_bytes(content)
+        assert set(model.state_dict()) == frozen
+        images = torch.randn(2, 3, 32, 32)
+        same = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+        assert set(same.state_dict()) > frozen
+        torch.testing.assert_close(same.eval()(images), model.eval()(images))
+
     def test_zoo_with_other_preprocessing_was_not_measured(self):
         model = timm.create_model(ZOO, pretrained=True)
         measured = hub._describe(model)
