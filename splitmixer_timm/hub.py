@@ -396,7 +396,7 @@ def run_release(
 
     Preprocessing is that of the run's arguments, class names are its class folders' where they are at hand, metrics
     those that train.py measured of the checkpoint on its validation split (of an average of checkpoints: none, nor of
-    an EMA that it kept on the CPU).
+    one for recovery, from within an epoch, nor of an EMA that it kept on the CPU).
 
     Raises:
         ValueError: If it is not a run, or of another architecture.
@@ -425,7 +425,8 @@ def run_release(
         raise ValueError(of_another)
     try:
         model.load_state_dict(load_state_dict(str(checkpoint)))
-        epoch = checkpoint_epoch(checkpoint)
+        # one for recovery was written within the epoch that it names, which was measured at its end
+        epoch = None if checkpoint.name.startswith('recovery-') else checkpoint_epoch(checkpoint)
     except Exception as e:  # whatever a file that is none, is damaged, or is of another model has amiss
         raise ValueError(
             f'{checkpoint} is not a checkpoint of {args["model"]} that can be read '
@@ -436,10 +437,12 @@ def run_release(
     root = args.get('data_dir') or args.get('data')
     if label_names is None and known in DATASETS and split_dataset(name)[0] not in HUB_SCHEMES:
         label_names = manifest.label_names(known)
+        if len(label_names) != model.num_classes:  # --num-classes may have been left out
+            label_names = None
     elif label_names is None and not name and root:
         label_names = _class_folders(root, args, model.num_classes)
     if label_names is None:
-        _logger.warning(f'{folder}: its class folders are not at hand, published without class names')
+        _logger.warning(f'{folder}: names of its classes are not at hand, published without class names')
     summary = read_summary(folder)
     rows = [row for row in summary if int(row['epoch']) == epoch]
     if args.get('model_ema') and args.get('model_ema_force_cpu'):

@@ -6,7 +6,7 @@ does not draw Identity, posterizes to 3 bits in place of 6, and fills empty corn
 black.
 """
 import re
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Callable, Dict, Optional, Tuple
 
 from timm.data import auto_augment, transforms_factory
 from torchvision import transforms
@@ -19,12 +19,12 @@ BINS = 31  # magnitudes, torchvision's default
 class RandAugment(transforms.RandAugment):
     """ torchvision's, that keeps its table of magnitudes: to make it takes almost as long as what is done by it."""
 
-    _spaces: Dict[Any, Dict[str, Any]] = {}  # one for each size of image
+    _space: Tuple[Any, Dict[str, Any]] = (None, {})  # that of the last size of image: timm crops all to one
 
     def _augmentation_space(self, *args: Any) -> Dict[str, Any]:
-        if args not in self._spaces:
-            self._spaces[args] = super()._augmentation_space(*args)
-        return self._spaces[args]
+        if self._space[0] != args:
+            self._space = args, super()._augmentation_space(*args)
+        return self._space[1]
 
 
 def torchvision_rand_augment(config: str) -> RandAugment:

@@ -1194,6 +1194,21 @@ class TestCommandLine:
         assert not [name for name, content in files(server).items() if b'/somewhere' in content]
         assert yaml.safe_load(files(server)['args.yaml'])[next(iter(place))] == told
 
+    def test_recovery(self, run_dir):
+        """ What was written within an epoch was not measured, unlike the weights at its end."""
+        folder, _ = run_dir
+        (folder / 'recovery-1-7.pth.tar').write_bytes((folder / 'last.pth.tar').read_bytes())
+        release = hub.run_release(folder / 'recovery-1-7.pth.tar')
+        assert (release.metrics, release.training['epochs']) == ({}, None)
+        assert hub.run_release(folder).metrics['top1'] == 70.5
+
+    def test_more_classes_than_the_data_set_has(self, run_dir, caplog):
+        folder, _ = run_dir
+        args = yaml.safe_load((folder / 'args.yaml').read_text())
+        (folder / 'args.yaml').write_text(yaml.safe_dump({**args, 'dataset': 'torch/cifar100'}))
+        assert hub.run_release(folder).label_names is None
+        assert 'names of its classes are not at hand' in caplog.text
+
     def test_ema_that_was_not_measured(self, run_dir):
         """ Of an EMA on the CPU train.py keeps the weights and measures the others."""
         folder, model = run_dir

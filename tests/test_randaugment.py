@@ -35,13 +35,13 @@ def test_images_are_torchvisions():
         assert ours(image) == expected
 
 
-def test_tables_are_of_their_strength():
-    """ Two of them in a process do not take each other's."""
-    shears = [
-        randaugment.RandAugment(num_magnitude_bins=bins)._augmentation_space(bins, (32, 32))['ShearX'][0]
-        for bins in (31, 11, 31)]
-    assert [len(shear) for shear in shears] == [31, 11, 31]
-    assert shears[0] is shears[2]
+def test_tables():
+    """ One is kept until images of another size come, so that sizes of any number take no memory."""
+    ours = randaugment.torchvision_rand_augment('torchvision-m12-n2')
+    first, again, other = (ours._augmentation_space(31, (size, 32)) for size in (32, 32, 64))
+    assert first is again
+    assert not torch.equal(first['TranslateY'][0], other['TranslateY'][0])
+    assert ours._space == ((31, (64, 32)), other)
 
 
 def test_of_timms_pipeline():
