@@ -31,6 +31,7 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 from safetensors.torch import save
+from timm.data import resolve_data_config
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.models import load_state_dict
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
@@ -214,6 +215,17 @@ def validate(
     return json.loads(results.read_text())
 
 
+def changed_from_registered(args: Dict[str, Any]) -> List[str]:
+    """ Arguments of train.py that make of `model` another network, or another input, than its name stands for."""
+    data = resolve_data_config({}, pretrained_cfg=timm.get_pretrained_cfg(args['model']).to_dict())
+    channels, *_, width = data['input_size']
+    registered = {**data, 'in_chans': channels, 'img_size': width, 'gp': 'avg', 'model_kwargs': None}
+    given = {key: args[key] for key in registered if args.get(key)}
+    return [
+        f'{key} {value}' for key, value in given.items()
+        if (tuple(value) if isinstance(value, list) else value) != registered[key]]
+
+
 def _checked_run(run_dir: Path, arch: str, data_dir: Path) -> Dict[str, Any]:
     """ Arguments of a run, or a ValueError if it is not a finished one of that architecture."""
     run_args = read_args(run_dir)
@@ -228,9 +240,9 @@ def _checked_run(run_dir: Path, arch: str, data_dir: Path) -> Dict[str, Any]:
         raise ValueError(f'{run_dir}/last.pth.tar is of epoch {epoch}, not of the last, {planned - 1}: resume the run')
     if arch != run_args['model'].partition('.')[0]:
         raise ValueError(f'{run_dir} trained {run_args["model"]}, not {arch}')
-    if run_args.get('model_kwargs'):
+    if changes := changed_from_registered(run_args):
         raise ValueError(
-            f'{run_dir} trained {arch} with {run_args["model_kwargs"]}: the zoo has models as they are registered')
+            f'{run_dir} trained {arch} with {", ".join(changes)}: the zoo has models as they are registered')
     return run_args
 
 

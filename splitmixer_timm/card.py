@@ -109,32 +109,26 @@ _OWNED = {'library_name', 'pipeline_tag', 'datasets', 'model-index'}
 def _snippet(source: str, cfg: Dict[str, Any], in_chans: int) -> List[str]:
     """ Python that loads the model and gives it an image."""
     create = f"model = timm.create_model('{source}', pretrained=True).eval()"
+    lines = ['import timm, torch, splitmixer_timm']
     if in_chans in (1, 3):
-        lines = [
-            'import timm, torch, splitmixer_timm',
+        lines += [
             'from PIL import Image',
             create,
             'transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))',
             f"images = transform(Image.open('image.png').convert('{'L' if in_chans == 1 else 'RGB'}'))[None]",
         ]
     else:
-        lines = [
-            'import timm, torch, splitmixer_timm',
-            create,
-            "images = torch.rand(1, *timm.data.resolve_model_data_config(model)['input_size'])",
-        ]
+        lines += [create, "images = torch.rand(1, *timm.data.resolve_model_data_config(model)['input_size'])"]
     lines.append('with torch.inference_mode():')
-    if cfg['num_classes'] and cfg.get('label_names'):
+    if not cfg['num_classes']:
+        return [*lines, '    print(model(images).shape)']
+    answer = f'probabilities.topk({min(5, cfg["num_classes"])})'
+    if cfg.get('label_names'):
         label = "model.pretrained_cfg['label_names'][probabilities.argmax()]"
         if cfg.get('label_descriptions'):
             label = f"model.pretrained_cfg['label_descriptions'][{label}]"
-        return lines + [
-            '    probabilities = model(images).softmax(-1)', f"print({label}, f'{{probabilities.max():.0%}}')"]
-    if cfg['num_classes']:
-        return lines + [
-            '    probabilities = model(images).softmax(-1)',
-            f'print(probabilities.topk({min(5, cfg["num_classes"])}))']
-    return [*lines, '    print(model(images).shape)']
+        answer = f"{label}, f'{{probabilities.max():.0%}}'"
+    return [*lines, '    probabilities = model(images).softmax(-1)', f'print({answer})']
 
 
 def _metadata(

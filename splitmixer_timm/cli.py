@@ -279,7 +279,8 @@ def _push(args: argparse.Namespace) -> int:
     try:
         jobs = [(f'{args.org}/{name}', hub.zoo_release(name)) for name in sorted(manifest.entries())] \
             if args.all else [(args.repo_id, _release(args))]
-        jobs = [(repo_id, dataclasses.replace(release, license=args.license)) for repo_id, release in jobs]
+        if args.license is not None:
+            jobs = [(repo_id, dataclasses.replace(release, license=args.license)) for repo_id, release in jobs]
         if args.record and (args.create_pr or any(release.name is None for _, release in jobs)):
             raise CommandError('--record is for models of the zoo, and for commits, not pull requests')
         for repo_id, _ in jobs:
@@ -321,7 +322,9 @@ def _pull(args: argparse.Namespace) -> int:
 
 def _card(args: argparse.Namespace) -> int:
     try:
-        release = dataclasses.replace(_release(args), license=args.license)
+        release = _release(args)
+        if args.license is not None:
+            release = dataclasses.replace(release, license=args.license)
     except (ValueError, RuntimeError, OSError) as e:
         raise CommandError(str(e)) from e
     # a run has a place to load it from once it is published

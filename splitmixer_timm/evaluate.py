@@ -1,8 +1,7 @@
 """ Accuracy of a pretrained model on a test set in image folders. """
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, List, Tuple, Union
+from typing import Any, List, Tuple, Union
 
 import torch
 from PIL import Image
@@ -13,24 +12,10 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 from . import manifest
+from .machine import full_precision
 from .runs import sorted_classes
 
 __all__ = ['Accuracy', 'evaluate']
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """ Products of fp32 in fp32: torch allows convolutions on CUDA TF32 by itself, and more where it is told to."""
-    cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
-    backends = cuda.matmul, cudnn.conv, mkldnn.matmul, mkldnn.conv
-    before = [(backend, precision) for backend in backends if (precision := backend.fp32_precision) != 'ieee']
-    for backend, _ in before:
-        backend.fp32_precision = 'ieee'
-    try:
-        yield
-    finally:
-        for backend, precision in before:
-            backend.fp32_precision = precision
 
 
 @dataclass(frozen=True)

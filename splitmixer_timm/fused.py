@@ -136,8 +136,10 @@ def _check_conv(name: str, conv: nn.Module, is_depthwise: bool = False, **expect
 
 def _check_act_norm(name: str, act: nn.Module, norm: nn.Module) -> None:
     activation(act)
-    if type(norm) is not nn.BatchNorm2d or norm.running_var is None:
-        raise Unsupported(f'norm {type(norm).__name__} without the running statistics of a BatchNorm2d at {name}')
+    if type(norm) is not nn.BatchNorm2d:
+        raise Unsupported(f'norm {type(norm).__name__} at {name}')
+    if norm.running_var is None:
+        raise Unsupported(f'norm {type(norm).__name__} without running statistics at {name}')
 
 
 # Parts of a model that are checked here raise Unsupported if they are not what is known of them.
@@ -225,6 +227,9 @@ def check_supported(model: SplitMixer) -> None:
 class FusedModel(nn.Module):
     """ A `SplitMixer` in eval mode for inference only: what its fused forms have in common.
 
+    A form has `blocks`, and `_features(x, taken, depth)`: features (N, dim, H / stride, W / stride) of images after
+    each of the blocks `taken` (none if left out), then after the first `depth` of all blocks (all if None).
+
     Args:
         model: The model, which stays as it is.
         dtype: Data type of features, classifier and logits.
@@ -253,10 +258,6 @@ class FusedModel(nn.Module):
 
     forward_head = SplitMixer.forward_head
     get_classifier = SplitMixer.get_classifier
-
-    def _features(self, x: torch.Tensor, taken: Sequence[int] = (), depth: Optional[int] = None) -> List[torch.Tensor]:
-        """ Features after each of the blocks `taken`, and after the first `depth` of them (all if None)."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:

@@ -137,8 +137,8 @@ class Convolution(nn.Module):
         if padding == 'same' and all(size % 2 for size in kernel):
             padding = (kernel[0] // 2, kernel[1] // 2)
         self.stride, self.padding, self.groups, self.act = stride, padding, groups, act
-        self.register_buffer('weight', weight.to(dtype))
-        self.register_buffer('bias', bias.to(dtype))
+        self.register_buffer('weight', weight.detach().to(dtype, copy=True))
+        self.register_buffer('bias', bias.detach().to(dtype, copy=True))
 
     def _convolve(self, onednn: bool, act: Optional[str]) -> Function:
         weight, bias, stride, padding, groups = self.weight, self.bias, self.stride, self.padding, self.groups
@@ -248,7 +248,7 @@ def _spatial(mixing: nn.Module, dtype: torch.dtype) -> Tuple[List[Convolution], 
     for n in range(1, 3):
         if hasattr(mixing, f'conv{n}'):
             conv, act, norm = (getattr(mixing, f'{name}{n}') for name in ('conv', 'act', 'norm'))
-            weight, bias, act = conv.weight.detach().clone(), conv.bias.detach().clone(), activation(act)
+            weight, bias, act = conv.weight.detach(), conv.bias.detach(), activation(act)
             if affine is None:
                 convs.append(Convolution(weight, bias, dtype, padding='same', groups=conv.groups, act=act))
             else:
@@ -333,9 +333,7 @@ class FusedSplitMixer(FusedModel):
     def __init__(self, model: SplitMixer, dtype: torch.dtype, compute_dtype: torch.dtype):
         super().__init__(model, dtype, compute_dtype)
         conv, act, norm = model.stem
-        self.stem = Convolution(
-            conv.weight.detach().clone(), conv.bias.detach().clone(), compute_dtype, stride=conv.stride,
-            act=activation(act))
+        self.stem = Convolution(conv.weight, conv.bias, compute_dtype, stride=conv.stride, act=activation(act))
         self.affine = Affine(*fold_affine(norm))
         self.blocks = nn.Sequential(*(Block(block, compute_dtype) for block in model.blocks))
         self._prepared: Optional[Tuple[List[Function], List[Tuple[Any, ...]]]] = None

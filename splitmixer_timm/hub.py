@@ -32,17 +32,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from timm.data import create_dataset, resolve_data_config
 from timm.data.dataset_factory import _TRAIN_SYNONYM
-from timm.layers import SelectAdaptivePool2d, unfreeze_batch_norm_2d
+from timm.layers import SelectAdaptivePool2d
 from timm.layers.create_act import _ACT_LAYER_DEFAULT
 from timm.models import ConvMixer, get_model_args, is_model, load_state_dict, model_entrypoint
 from timm.models._hub import save_config_for_hf
 from torch import nn
-from torchvision.ops.misc import FrozenBatchNorm2d
 
 from . import __version__, manifest
 from .card import DATASETS, merge_cards, model_card
-from .evaluate import full_precision
 from .hub_errors import HubError, TransportError, checked_token, explained, within
+from .machine import full_precision
 from .paper import top1 as paper_top1
 from .pretrained import HUB_FILENAME, check_download, weights_file
 from .runs import (
@@ -55,7 +54,7 @@ from .runs import (
     sorted_classes,
     split_dataset,
 )
-from .splitmixer import _NORM_LAYERS, SplitMixer, copy_model
+from .splitmixer import _NORM_LAYERS, SplitMixer, thawed
 
 __all__ = ['HubError', 'Release', 'pull_from_hub', 'push_to_hub']
 
@@ -134,8 +133,10 @@ def _checked_data_config(data_config: Optional[Dict[str, Any]], in_chans: int) -
 
 
 def _is_same(state_dict: Dict[str, torch.Tensor], other: Dict[str, torch.Tensor]) -> bool:
+    """ Whether weights are the same, whatever number of batches the norms counted."""
     return state_dict.keys() == other.keys() and all(
-        value.dtype == other[key].dtype and torch.equal(value, other[key].cpu()) for key, value in state_dict.items())
+        key.endswith('num_batches_tracked') or value.dtype == other[key].dtype and torch.equal(value, other[key].cpu())
+        for key, value in state_dict.items())
 
 
 def _model_args(model: nn.Module) -> Dict[str, Any]:
@@ -186,7 +187,7 @@ def _computes_the_same(model: nn.Module, twin: nn.Module) -> bool:
 
 def _zoo_name(model: nn.Module) -> Optional[str]:
     """ 'arch.tag' of a model that is still the zoo's, in its weights and in what it does with them, else None."""
-    cfg = model.pretrained_cfg
+    cfg, model = model.pretrained_cfg, thawed(model)
     name = f'{cfg.get("architecture")}.{cfg.get("tag")}'
     file = manifest.bundled_file(name)
     if file is None or not _is_same(load_file(file), model.state_dict()):
@@ -234,9 +235,7 @@ class Release:
             raise ValueError(
                 'model must be a SplitMixer or ConvMixer of this package made by timm.create_model, got '
                 f'{type(self.model).__name__}.')
-        if any(type(module) is FrozenBatchNorm2d for module in self.model.modules()):
-            # of timm.utils.freeze; a model that is created from config.json has none
-            self.model = unfreeze_batch_norm_2d(copy_model(self.model))
+        self.model = thawed(self.model)  # as what is created from config.json is
         if not isinstance(self.model.global_pool, SelectAdaptivePool2d):
             raise ValueError(
                 'global_pool of the model must be the one it was made with, got '
@@ -252,12 +251,12 @@ class Release:
             if len(names) != classes:
                 raise ValueError(f'label_names must have a name for each of {classes} classes, got {len(names)}.')
 
-        self.in_chans = self.model.stem[0].in_channels
-        data_config = _checked_data_config(self.data_config, self.in_chans)
+        in_chans = self.model.stem[0].in_channels
+        data_config = _checked_data_config(self.data_config, in_chans)
         self.model_args = _model_args(self.model)
         # class names are those of what this was made from
         dropped = {'label_names', 'label_descriptions'}
-        if self.in_chans != 3:
+        if in_chans != 3:
             dropped.add('first_conv')  # timm would convert weights of that name from three channels
         self.cfg = {key: value for key, value in copy.deepcopy(dict(cfg)).items() if key not in dropped}
         self.cfg.update(data_config, num_classes=classes)
@@ -266,7 +265,7 @@ class Release:
                 raise ValueError(
                     f"license must be the Hub's name of one ('apache-2.0', 'mit', ...), got {self.license!r}.")
             self.cfg['license'] = self.license
-        self.cfg['input_size'] = (self.in_chans, *self.cfg['input_size'][1:])
+        self.cfg['input_size'] = (in_chans, *self.cfg['input_size'][1:])
         if self.cfg['input_size'][1:] != tuple(cfg['input_size'][1:]):
             self.cfg.pop('pool_size', None)
 
@@ -530,8 +529,9 @@ def upload(
     api = HfApi(token=token, **_LIBRARY)
     files = release.files(repo_id)
     with explained(repo_id, revision), ExitStack() as stack:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        files[CARD] = release.repo_card(repo_id)  # a name without its user's was completed
+        asked, repo_id = repo_id, api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if repo_id != asked:  # a name without its user's was completed
+            files[CARD] = release.repo_card(repo_id)
         try:
             head = api.model_info(repo_id, revision=revision).sha
         except RevisionNotFoundError:

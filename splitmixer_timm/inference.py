@@ -7,7 +7,7 @@ from torch import nn
 
 from . import fused_cpu
 from .fused import Unsupported
-from .splitmixer import SplitMixer, copy_model
+from .splitmixer import SplitMixer, copy_model, thawed
 
 __all__ = ['optimize_for_inference']
 
@@ -74,7 +74,7 @@ def optimize_for_inference(model: SplitMixer, *, dtype: Optional[torch.dtype] = 
         raise ValueError('model must be in eval mode, got one in train mode: call model.eval() first.')
     dtype = dtype or next(model.parameters()).dtype
     try:
-        fused = _build(model, dtype)
+        fused = _build(thawed(model), dtype)
         if fused.compute_dtype != dtype:
             warnings.warn(
                 f'This processor does not compute in {dtype}: the optimized model computes in {fused.compute_dtype} '

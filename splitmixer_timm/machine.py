@@ -1,11 +1,28 @@
 """ What a measurement was made on. """
 import os
 import platform
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Iterator
 
 import torch
 
-__all__ = ['check_device', 'device_name', 'has_bfloat16', 'has_precision']
+__all__ = ['check_device', 'device_name', 'full_precision', 'has_bfloat16', 'has_precision']
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """ Products of fp32 in fp32: torch allows convolutions on CUDA TF32 by itself, and more where it is told to."""
+    cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
+    backends = cuda.matmul, cudnn.conv, mkldnn.matmul, mkldnn.conv
+    before = [(backend, precision) for backend in backends if (precision := backend.fp32_precision) != 'ieee']
+    for backend, _ in before:
+        backend.fp32_precision = 'ieee'
+    try:
+        yield
+    finally:
+        for backend, precision in before:
+            backend.fp32_precision = precision
 
 
 def has_bfloat16() -> bool:

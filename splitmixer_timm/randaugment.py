@@ -17,7 +17,7 @@ BINS = 31  # magnitudes, torchvision's default
 
 
 class RandAugment(transforms.RandAugment):
-    """ torchvision's, that keeps its table of magnitudes: to make it takes almost as long as what is done by it."""
+    """ torchvision's, that keeps its table of magnitudes, which is made anew there for each image."""
 
     _space: Tuple[Any, Dict[str, Any]] = (None, {})  # that of the last size of image: timm crops all to one
 

@@ -29,6 +29,7 @@ from timm.layers import (
     get_act_layer,
     get_device_dtype,
     get_norm_layer,
+    unfreeze_batch_norm_2d,
 )
 from timm.models import (
     ConvMixer,
@@ -41,6 +42,7 @@ from timm.models import (
     resolve_pretrained_cfg,
 )
 from timm.models._features import feature_take_indices
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 from . import layers, manifest
 
@@ -149,6 +151,14 @@ def copy_model(model: nn.Module) -> nn.Module:
         tensor for module in model.modules() for tensor in vars(module).values()
         if isinstance(tensor, torch.Tensor) and not tensor.is_leaf]
     return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})
+
+
+def thawed(model: nn.Module) -> nn.Module:
+    """ The model, or where timm's `freeze` replaced norms, a copy that has them as BatchNorm2d again."""
+    frozen = [module for module in model.modules() if type(module) is FrozenBatchNorm2d]
+    if frozen and not any(map(layers.is_watched, frozen)):  # whose hooks would be lost
+        return unfreeze_batch_norm_2d(copy_model(model)).train(model.training)
+    return model
 
 
 class SegmentMixing(nn.Module):
@@ -400,7 +410,7 @@ def _steps(module: nn.Module) -> List[nn.Module]:
 INDEPENDENT = [
     SplitMixerBlock, SegmentMixing, SharedSegmentMixing, SeparateSegmentMixing, SlidingSegmentMixing,
     layers.AxisConv2d, layers.ChannelsLastGELU, nn.Sequential, nn.ModuleList, nn.Conv2d, nn.Identity, DropPath,
-    nn.BatchNorm2d, nn.GELU, GELU, nn.ReLU]
+    nn.BatchNorm2d, FrozenBatchNorm2d, nn.GELU, GELU, nn.ReLU]
 PIECE_BYTES = 2**20  # of features per core and piece: more leaves the cache, less leaves cores idle
 
 

@@ -28,7 +28,7 @@ from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
 from time import monotonic, sleep, time
-from typing import Any, Dict, List, Optional, Sequence, Set, TextIO
+from typing import Any, Dict, List, Optional, Sequence, Set, TextIO, Tuple
 
 import torch
 import yaml
@@ -39,6 +39,7 @@ from .add_run import (
     ELAPSED,
     SEEN,
     add_runs,
+    changed_from_registered,
     check_images,
     checked_name,
     count_images,
@@ -211,6 +212,8 @@ def _read_model(
             'data_dir': str(train_args['data_dir'] / dataset), 'output': str(output), 'experiment': f'{name}-{seed}',
             **args,
         }
+        if changes := changed_from_registered(config):
+            raise ValueError(f'{name} in {path} must be as it is registered, its args make it {", ".join(changes)}')
         config['device_modules'] = list(dict.fromkeys(
             [*base['device_modules'], *config['device_modules'], *own_modules]))  # the models stay registered
         if FUSED in modules and config.get('opt') in ('adam', 'adamw'):
@@ -322,18 +325,10 @@ def check_args(run: Run) -> None:
             f'{run.folder} was trained with {", ".join(sorted(changes))}: give another --output, or remove it')
 
 
-def note_machine(
-        folder: Path,
-        machine: str,
-        runs: int,
-        torch_version: str,
-        timm_version: str,
-        precision: str,
-) -> None:
-    """ Keep in a run's folder what this part of it is made on, for `add_run`."""
+def note_machine(folder: Path, **part: Any) -> None:
+    """ Keep in a run's folder what this part is made on (machine, runs, torch, timm, precision), for `add_run`."""
     file = folder / MADE_ON
     parts = (yaml.safe_load(file.read_text(encoding='utf-8')) if file.is_file() else None) or []
-    part = dict(machine=machine, runs=runs, torch=torch_version, timm=timm_version, precision=precision)
     if part not in parts:
         manifest.replace_file(file, yaml.safe_dump([*parts, part]).encode())
 
@@ -376,7 +371,8 @@ def start(run: Run, scripts: Path, machine: str, runs: int, shared: str = '') ->
             check_args(run)
             if not (run.folder / MADE_ON).is_file():  # begun by hand, or by a version that kept nothing
                 note_machine(
-                    run.folder, 'an unknown machine', 1, 'unknown', 'unknown', precision(read_args(run.folder)))
+                    run.folder, machine='an unknown machine', runs=1, torch='unknown', timm='unknown',
+                    precision=precision(read_args(run.folder)))
             # train.py writes args.yaml anew, and with it the time that this part began; cut off before, it adds none
             args = run.folder / 'args.yaml'
             with open(run.folder / ELAPSED, 'a', encoding='utf-8') as f:
@@ -392,7 +388,9 @@ def start(run: Run, scripts: Path, machine: str, runs: int, shared: str = '') ->
         else:
             for name in ('summary.csv', FIRST_ARGS, ELAPSED, SEEN, MADE_ON):
                 (run.folder / name).unlink(missing_ok=True)
-        note_machine(run.folder, machine, runs, str(torch.__version__), timm_version(scripts), precision(config))
+        note_machine(
+            run.folder, machine=machine, runs=runs, torch=str(torch.__version__), timm=timm_version(scripts),
+            precision=precision(config))
         manifest.replace_file(run.folder / 'config.yaml', yaml.safe_dump(config).encode())
         with open(run.folder / 'train.log', 'ab') as log:
             allocator = KEEP_MEMORY if config['device'].startswith('cpu') else {}
@@ -456,8 +454,7 @@ def train(
     images = {folder: count_images(folder) for folder in set(trained_on.values())}
     planned = {run.folder: planned_epochs(run.config, images[trained_on[run.folder]]) for run in runs}
     waiting = [run for run in runs if not run.is_finished(planned[run.folder])]
-    running: Dict[Path, subprocess.Popen] = {}
-    began: Dict[Path, float] = {}
+    running: Dict[Path, Tuple[Run, subprocess.Popen, float]] = {}
     models, failures = list(models), []
     adding: Dict[str, Future] = {}
     executor = ThreadPoolExecutor(1)
@@ -479,18 +476,18 @@ def train(
             while waiting and len(running) < jobs:
                 run = waiting.pop(0)
                 try:
-                    began[run.folder] = time()
-                    running[run.folder] = start(run, scripts, machine, at_once, shared)
+                    began = time()
+                    running[run.folder] = run, start(run, scripts, machine, at_once, shared), began
                 except (OSError, RuntimeError, ValueError, yaml.YAMLError) as e:
                     fail(f'{run.folder.name}: not started: {e}')
-            for folder, process in list(running.items()):
+            for folder, (run, process, began) in list(running.items()):
                 is_over = process.poll() is not None
-                note_seconds(folder, began[folder])
+                note_seconds(folder, began)
                 if is_over:
                     del running[folder]
                     if process.returncode:
                         fail(f'{folder.name}: train.py failed, see {folder / "train.log"}')
-                    elif not any(run.folder == folder and run.is_finished(planned[folder]) for run in runs):
+                    elif not run.is_finished(planned[folder]):
                         fail(f'{folder.name}: train.py stopped early, see {folder / "train.log"}')
             progress.n = sum(run.done() for run in runs)
             progress.refresh()
@@ -521,9 +518,9 @@ def train(
             for process in list(measuring):
                 process.terminate()
             sleep(0.05)
-        for process in running.values():
+        for _, process, _ in running.values():
             process.terminate()
-        for process in running.values():
+        for _, process, _ in running.values():
             process.wait()
     return failures
 

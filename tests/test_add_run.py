@@ -253,7 +253,9 @@ def test_weights_that_are_not_finite(run, capsys):
 
 
 @pytest.mark.parametrize(('changes', 'message'), [
-    (dict(model_kwargs=dict(act_layer='relu')), "with {'act_layer': 'relu'}: the zoo has models as they are"),
+    (dict(model_kwargs=dict(act_layer='relu')), "with model_kwargs {'act_layer': 'relu'}: the zoo has models as they"),
+    (dict(gp='max'), 'with gp max: the zoo has models as they are'),
+    (dict(mean=[0., 0., 0.], img_size=64), 'with mean [0.0, 0.0, 0.0], img_size 64: the zoo'),
     (dict(seed=8, lr=0.5), 'in the seed alone, not in lr'),
 ])
 def test_runs_that_do_not_fit(run, tmp_path, capsys, changes, message):

@@ -278,6 +278,9 @@ class TestContents:
         images = torch.randn(2, 3, 32, 32)
         same = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
         assert set(same.state_dict()) > frozen
+        zoo = timm.create_model(ZOO, pretrained=True)
+        timm.utils.freeze(zoo)
+        assert hub._describe(zoo).name == ZOO
         torch.testing.assert_close(same.eval()(images), model.eval()(images))
 
     def test_zoo_with_other_preprocessing_was_not_measured(self):
@@ -577,6 +580,13 @@ class TestErrors:
             push_to_hub(create(), REPO, token=token)
         assert reason in told(error)
         assert files(server) == before
+
+    def test_card_is_made_once(self, server, caplog):
+        """ But for a name without its user's, which is known when the repository is."""
+        for name, times in ((REPO, 1), (REPO.partition('/')[2], 2)):
+            caplog.clear()
+            push_to_hub(create(), name, metrics=dict(top1=90), token=TOKEN)
+            assert caplog.text.count('no data set is given') == times
 
     def test_not_logged_in(self, server):
         with pytest.raises(HubError) as error:

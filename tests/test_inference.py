@@ -14,6 +14,7 @@ import timm
 import torch
 from conftest import KINDS, SPLITMIXERS
 from reference import randomize
+from timm.utils import freeze
 from torch import nn
 from torch.nn.utils import prune
 
@@ -129,6 +130,22 @@ class TestSameOutputs:
         assert len(ours) == len(expected) > 0
         for feature, expected_feature in zip(ours, expected):
             torch.testing.assert_close(feature, expected_feature)
+
+    @pytest.mark.parametrize('submodules', [[], ['stem', 'blocks.0']])
+    def test_frozen_norms(self, submodules, images):
+        """ timm's freeze makes other modules of them, which fold as well. The model is left frozen."""
+        model = build()
+        expected = model(images)
+        freeze(model, submodules)
+        names = set(model.eval().state_dict())
+        fused = optimize_for_inference(model)
+        assert isinstance(fused, FusedSplitMixer)
+        torch.testing.assert_close(fused(images), expected)
+        assert set(model.state_dict()) == names
+        model.stem[2].register_forward_hook(lambda module, args, output: output * 2)
+        with pytest.warns(UserWarning, match='FrozenBatchNorm2d|hook'):
+            hooked = optimize_for_inference(model)
+        torch.testing.assert_close(hooked(images), model(images))
 
     def test_intermediates_of_another_layout(self, images):
         with pytest.raises(AssertionError, match='NCHW'):

@@ -566,6 +566,9 @@ class TestMemoryFormat:
             assert size(norm_layer=lambda dim, **dd: nn.BatchNorm2d(dim, track_running_stats=False)) == 0
             assert size(SplitMixer(24, 2)) == 0
             model = SplitMixer(24, 2).eval()
+            timm.utils.freeze(model)
+            assert size(model.eval()) == 1
+            model = SplitMixer(24, 2).eval()
             model.blocks[1].channel_mixing.norm.train()
             assert size(model) == 0
             model.eval().blocks[0].spatial_mixing.act1.register_forward_hook(lambda *args: None)

@@ -32,6 +32,8 @@ parser.add_argument('--config', type=pathlib.Path)
 parser.add_argument('--mixup')
 parser.add_argument('-v', '--val-interval', '--vi')
 parser.add_argument('--amp-dtype')
+parser.add_argument('--gp')
+parser.add_argument('--mean')
 config = yaml.safe_load(parser.parse_args().config.read_text())
 folder = pathlib.Path(config['output']) / config['experiment']
 ask = folder.parent.parent
@@ -646,6 +648,9 @@ def test_what_ends_is_not_deaf():
     (dict(queue='1: {recipe: cifar10}'), "must be 'arch.tag'"),
     (dict(queue=f'{NAME}: {{recipe: cifar100}}'), 'cifar100 is for the tag cifar100'),
     (dict(queue=f'{NAME}: {{recipe: cifar10, args: {{seed: 5, output: x}}}}'), 'must not have output, seed'),
+    (dict(queue=f'{NAME}: {{recipe: cifar10, args: {{gp: max}}}}'), 'its args make it gp max'),
+    (dict(queue=f'{NAME}: {{recipe: cifar10, args: {{mean: [0., 0., 0.]}}}}'), 'make it mean [0.0, 0.0, 0.0]'),
+    (dict(queue=f'{NAME}: {{recipe: cifar10_relu}}'), "make it model_kwargs {'act_layer': 'relu'}"),
     (dict(queue=f'{NAME}: {{recipe: cifar10, args: {{epoch: 5}}}}'), 'must be arguments of train.py, got epoch'),
     (dict(queue=f'{NAME}: {{recipe: cifar10, args: {{vi: 5}}}}'), 'must be arguments of train.py, got vi'),
     (dict(queue=f'{NAME}: {{recipe: cifar10, seeds: [1, 1]}}'), 'must be a list of different integers, got [1, 1]'),
@@ -713,7 +718,10 @@ def test_arguments_of_the_real_script(tmp_path):
     """ Each of its arguments may stand in the queue, its other names may not."""
     path, script = tmp_path / 'queue.yaml', Path(SCRIPTS) / 'train.py'
     names = yaml.safe_load(DEFAULTS.read_text()).keys() - train_zoo.OWN_ARGS
+    registered = {
+        'gp', 'in_chans', 'input_size', 'img_size', 'mean', 'std', 'crop_pct', 'crop_mode', 'interpolation'}
     args = {**dict.fromkeys(names, 1), 'device_modules': ['json'], 'opt_kwargs': {}}
+    args.update(dict.fromkeys(args.keys() & registered))  # in these a model must be as it is registered
     path.write_text(yaml.safe_dump({NAME: dict(recipe='cifar10', args=args)}))
     train_zoo.read_queue(path, [], tmp_path, script, data_dir=tmp_path)
     for name in ('dr', 'train_steps_per_epoch', 'epoch'):
