@@ -4,11 +4,12 @@
     python benchmarks/speed.py --help
 
 `plain` is benchmarks/plain.py (on CUDA in bf16 too), `created` the registered model, `compiled` that by torch.compile,
-`optimized` by `optimize_for_inference`, on CUDA `fused` by `fuse_for_training`; ONNX Runtime and OpenVINO (extra
-`export`) run the plain model's graph. All have the same weights and images, take turns in one process, in turns of
-about a tenth of a second or more, and the median counts. Each model and task has a process of its own. On a CPU the
-memory that torch frees is `returned` to the system, as glibc does by itself, or `kept`, as under jemalloc: a form that
-needs less memory gains more by the first. bf16 is left out on a processor without instructions for it.
+`optimized` by `optimize_for_inference`, on CUDA `fused` by `fuse_for_training`, `fused graphs` with its CUDA graphs;
+ONNX Runtime and OpenVINO (extra `export`) run the plain model's graph. All have the same weights and images, take turns
+in one process, in turns of about a tenth of a second or more, and the median counts. Each model and task has a process
+of its own. On a CPU the memory that torch frees is `returned` to the system, as glibc does by itself, or `kept`, as
+under jemalloc: a form that needs less memory gains more by the first. bf16 is left out on a processor without
+instructions for it.
 """
 import argparse
 import copy
@@ -44,7 +45,7 @@ MODELS = [f'{name}_256_8_ks7_p7' for name in (
 INFERENCE = (
     'plain', 'plain bf16', 'created', 'compiled', 'optimized', 'optimized bf16', 'ONNX Runtime', 'OpenVINO',
     'OpenVINO bf16')
-TRAINING = ('plain', 'created', 'compiled', 'fused')
+TRAINING = ('plain', 'created', 'compiled', 'fused', 'fused graphs')
 PACKAGES = ('onnxruntime', 'openvino')
 TURN = 0.1  # seconds
 
@@ -137,6 +138,7 @@ def training_forms(model: nn.Module) -> Iterator[Tuple[str, Callable[[], nn.Modu
     yield 'compiled', lambda: torch.compile(model, dynamic=False)
     if isinstance(model, SplitMixer) and next(model.parameters()).is_cuda:
         yield 'fused', lambda: fuse_for_training(copy.deepcopy(model))
+        yield 'fused graphs', lambda: fuse_for_training(copy.deepcopy(model), cuda_graphs=True)
 
 
 def peak_memory(work: Callable[[], Any], device: torch.device) -> int:
@@ -189,9 +191,14 @@ def measure(name: str, task: Task, memory: str, device: str, turns: int, threads
                     logits = step().float()
                     expected = logits if expected is None else expected
                     row['difference'] = f'{((logits - expected).abs().max() / expected.abs().max()).item():.2g}'
-                for _ in range(3):
-                    step()
-                if form not in ('ONNX Runtime', 'OpenVINO', 'OpenVINO bf16'):
+                first_steps = partial(several, step, 3)
+                if form == 'fused graphs':  # take their memory when they are captured, in the second
+                    row['peak_memory_mib'] = f'{peak_memory(first_steps, images.device) / 2**20:.1f}'
+                    if not run.blocks.has_graphs:
+                        raise RuntimeError('no CUDA graphs were captured')
+                else:
+                    first_steps()
+                if form not in ('ONNX Runtime', 'OpenVINO', 'OpenVINO bf16', 'fused graphs'):
                     # what a CUDA graph needs was taken at its capture: the same kernels without one show it
                     once = partial(run._forward, images) if hasattr(run, '_forward') else step
                     row['peak_memory_mib'] = f'{peak_memory(once, images.device) / 2**20:.1f}'

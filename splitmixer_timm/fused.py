@@ -25,6 +25,7 @@ __all__ = [
 
 # Types of the parts that the fused forms know; what is of another type may compute something else.
 STEMS = [nn.Sequential]
+SEQUENCES = [nn.Sequential]  # of blocks
 BLOCKS = [SplitMixerBlock]
 MIXERS = [SegmentMixing, SharedSegmentMixing, SeparateSegmentMixing, SlidingSegmentMixing]
 
@@ -212,7 +213,7 @@ def check_supported(model: SplitMixer) -> None:
         if 'forward' in module.__dict__:
             raise Unsupported(f'a forward of its own on {name or "the model"}')
     check_stem('stem', model.stem)
-    _check_type('blocks', model.blocks, [nn.Sequential])
+    _check_type('blocks', model.blocks, SEQUENCES)
     for i, block in enumerate(model.blocks):
         name = f'blocks.{i}'
         _check_type(name, block, BLOCKS)

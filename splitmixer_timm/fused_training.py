@@ -1,7 +1,8 @@
 """ Training on CUDA with spatial mixing, activations and norms as Triton kernels that store little for the backward."""
+import logging
 import math
 from itertools import chain
-from typing import Any, Callable, Iterable, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from .fused import (
     BLOCKS,
+    SEQUENCES,
     STEMS,
     Unsupported,
     activation,
@@ -23,6 +25,7 @@ from .fused import (
 )
 from .layers import is_watched
 from .splitmixer import INDEPENDENT, SplitMixer, SplitMixerBlock
+from .training_graphs import Graphs, state_of
 
 try:
     from . import kernels, training_kernels
@@ -30,6 +33,8 @@ except ImportError:  # torch for another platform comes without Triton
     kernels = None
 
 __all__ = ['fuse_for_training']
+
+_logger = logging.getLogger(__name__)
 
 # Up to this many channels a product of half precision waits for memory, however many of its weights are zero.
 MAX_DENSE = 512
@@ -333,12 +338,14 @@ class FusedBlock(SplitMixerBlock):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._mix(x) if self.is_covered(x) else super().forward(x)
+
+    def is_covered(self, x: torch.Tensor) -> bool:
+        """ Whether the kernels run on these features."""
         layers = chain(self.spatial_mixing.modules(), (
             module for name, module in self.channel_mixing.named_modules() if not name.startswith('mixer')))
-        if _has_kernels(x, layers) and _passes(check_spatial, self) and _passes(check_channel, self) and (
-                isinstance(self.spatial_mixing, nn.Identity) or hasattr(self.spatial_mixing, 'conv2')):
-            return self._mix(x)
-        return super().forward(x)
+        return _has_kernels(x, layers) and _passes(check_spatial, self) and _passes(check_channel, self) and (
+            isinstance(self.spatial_mixing, nn.Identity) or hasattr(self.spatial_mixing, 'conv2'))
 
     @torch.compiler.disable
     def _mix(self, x: torch.Tensor) -> torch.Tensor:
@@ -380,13 +387,78 @@ class FusedBlock(SplitMixerBlock):
         return x + self.drop_path(y) if self.channel_residual and is_dropped else y
 
 
+class FusedBlocks(nn.Sequential):
+    """ Blocks of a `SplitMixer` as CUDA graphs, from the second step in a row with features of a size on.
+
+    Features of other sizes, and blocks that graphs cannot have or that were changed since, go through the blocks one by
+    one. There is one pair of graphs at a time, for each keeps the memory of a step.
+    """
+    _graphs: Optional[Graphs] = None
+    _captured: Optional[List[Any]] = None  # what they were captured with, or could not be
+    _seen: Optional[List[Any]] = None  # what the last step would have been captured with
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return self._replay(x)
+        return super().forward(x)
+
+    @property
+    def has_graphs(self) -> bool:
+        return self._graphs is not None
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ('_graphs', '_captured', '_seen')}
+
+    def _replay(self, x: torch.Tensor) -> torch.Tensor:
+        seen, self._seen = self._seen, self._state(x)
+        if self._seen is not None and self._seen == seen != self._captured:
+            self._graphs, self._captured = None, self._seen  # the memory of the old ones is free for the new ones
+            try:
+                if self._can_be_captured(x):
+                    with torch.cuda.device_of(x):
+                        self._graphs = Graphs(self, x)
+            except RuntimeError as e:
+                _logger.warning(f'Training goes on without CUDA graphs, which could not be captured: {e}')
+        if self._graphs is None or self._captured != self._seen or self._graphs.is_pending():
+            return super().forward(x)
+        with torch.cuda.device_of(x):
+            return self._graphs(x)
+
+    def _state(self, x: torch.Tensor) -> Optional[List[Any]]:
+        """ What graphs for these features would be captured with; None where there cannot be any."""
+        is_possible = x.is_cuda and not torch.cuda.is_current_stream_capturing() or _INTERPRETED
+        if not is_possible or getattr(self, '_is_replica', False):
+            return None
+        state = state_of(self)
+        return state and [
+            *state, x.shape, x.stride(), x.dtype, x.device, x.requires_grad, torch.is_autocast_enabled(x.device.type),
+            torch.get_autocast_dtype(x.device.type)]
+
+    def _can_be_captured(self, x: torch.Tensor) -> bool:
+        """ Whether all of it are kernels that draw no random numbers and do not wait for the GPU."""
+        params = list(self.parameters())
+        if len({param.dtype for param in params}) != 1 or not any(tensor.requires_grad for tensor in (x, *params)):
+            return False
+        if any(isinstance(module, nn.BatchNorm2d) and module.momentum is None for module in self.modules()):
+            return False
+        return all(
+            type(block) is FusedBlock and type(block.drop_path) is nn.Identity and block.is_covered(x)
+            and (type(block.channel_mixing) is nn.Identity or _passes(check_mixer, block.channel_mixing.mixer))
+            for block in self)
+
+
 # in eval mode they compute what their base classes do
 STEMS.append(FusedStem)
+SEQUENCES.append(FusedBlocks)
 BLOCKS.append(FusedBlock)
-INDEPENDENT.append(FusedBlock)
+INDEPENDENT.extend([FusedBlock, FusedBlocks])
 
 
-def fuse_for_training(model: SplitMixer, device: Optional[Union[str, torch.device]] = None) -> SplitMixer:
+def fuse_for_training(
+        model: SplitMixer,
+        device: Optional[Union[str, torch.device]] = None,
+        cuda_graphs: bool = False,
+) -> SplitMixer:
     """ Make a model train by Triton kernels on CUDA that keep less than half of what the plain layers do.
 
     The model is changed in place; its parameters, buffers and the names of both stay. The kernels run in train mode on
@@ -401,6 +473,12 @@ def fuse_for_training(model: SplitMixer, device: Optional[Union[str, torch.devic
     Args:
         model: The model.
         device: Where it will be trained, its own device if None.
+        cuda_graphs: Whether the blocks become two CUDA graphs, one forward and one backward, at the second step in a
+            row with images of a size and number. They save the time that Python takes to launch some 150 kernels, and
+            keep the memory of a step between steps. Steps that they are not for go without: others' sizes, gradient
+            checkpointing, stochastic depth, hooks within the blocks, a second forward pass before the backward pass,
+            `torch.compile`. Under DistributedDataParallel the blocks' gradients come all at once. A backward pass with
+            `retain_graph` cannot be repeated.
 
     Returns:
         The model.
@@ -426,4 +504,6 @@ def fuse_for_training(model: SplitMixer, device: Optional[Union[str, torch.devic
         model.stem.__class__ = FusedStem
     for block in model.blocks:
         block.__class__ = FusedBlock
+    if cuda_graphs:
+        model.blocks.__class__ = FusedBlocks
     return model

@@ -13,6 +13,7 @@ from .fused_training import fuse_for_training
 
 __all__ = []
 
+OPTIONS = {}  # arguments of `fuse_for_training`
 _logger = logging.getLogger(__name__)
 _create_variant = splitmixer.create_variant
 
@@ -21,7 +22,7 @@ def _create_fused(*args, **kwargs) -> nn.Module:
     model = _create_variant(*args, **kwargs)
     try:
         # train.py moves the model there later
-        return fuse_for_training(model, torch.device('cuda') if torch.cuda.is_available() else None)
+        return fuse_for_training(model, torch.device('cuda') if torch.cuda.is_available() else None, **OPTIONS)
     except Unsupported as e:
         _logger.warning(f'The plain layers are trained: there are no kernels for {e}.')
         return model

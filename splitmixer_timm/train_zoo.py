@@ -7,9 +7,9 @@ differs from it (`args`) and the seeds, the first of which is published. `DATA/c
 `validation/CLASS`. The same command again resumes what was cut off and trains nothing twice. Mixed precision is fp16 on
 a GPU, bf16 on a CPU that has it, none on others, but where the queue says otherwise. Needs the `bench` extra.
 
-On a GPU, `--fused` trains SplitMixers by the kernels of `fuse_for_training`, and all by torch's fused AdamW. Where
-augmentation on the CPU holds several runs up, `--share-images /dev/shm` has those of a data set augment each image once
-an epoch for all of them.
+On a GPU, `--fused` trains SplitMixers by the kernels of `fuse_for_training`, and all by torch's fused AdamW;
+`--cuda-graphs` launches the kernels as CUDA graphs. Where augmentation on the CPU holds several runs up,
+`--share-images /dev/shm` has those of a data set augment each image once an epoch for all of them.
 """
 import argparse
 import datetime
@@ -57,6 +57,7 @@ from .run import environment
 from .runs import (
     FIRST_ARGS,
     FUSED,
+    GRAPHS,
     MADE_ON,
     SHARED,
     checkpoint_epoch,
@@ -128,7 +129,7 @@ def read_queue(
         patterns: Names or patterns of names.
         output: Folder of the runs.
         script: timm's train.py.
-        modules: Modules for train.py to import beside the recipe's, `FUSED` for SplitMixers only.
+        modules: Modules for train.py to import beside the recipe's, `FUSED` and `GRAPHS` for SplitMixers only.
         **train_args: Arguments of train.py for all runs.
 
     Raises:
@@ -204,7 +205,7 @@ def _read_model(
         raise ValueError(f'seeds of {name} in {path} must be a list of different integers, got {seeds!r}')
     if 'amp_dtype' in args:
         args = {'amp': True, **args}  # asked for, whatever the device's own would be
-    own_modules = [module for module in modules if module != FUSED or arch in splitmixer.VARIANTS]
+    own_modules = [module for module in modules if module not in (FUSED, GRAPHS) or arch in splitmixer.VARIANTS]
     runs = []
     for seed in seeds:
         config = {
@@ -216,7 +217,7 @@ def _read_model(
             raise ValueError(f'{name} in {path} must be as it is registered, its args make it {", ".join(changes)}')
         config['device_modules'] = list(dict.fromkeys(
             [*base['device_modules'], *config['device_modules'], *own_modules]))  # the models stay registered
-        if FUSED in modules and config.get('opt') in ('adam', 'adamw'):
+        if {FUSED, GRAPHS} & {*modules} and config.get('opt') in ('adam', 'adamw'):
             config['opt_kwargs'] = {**(config.get('opt_kwargs') or {}), 'fused': True}
         runs.append(Run(name, output / f'{name}-{seed}', config))
     # where a warm-up comes first, train.py's `epochs` are those after it
@@ -237,7 +238,7 @@ def mixed_precision(device: str) -> Dict[str, Any]:
 def precision(run_args: Dict[str, Any]) -> str:
     """ What a run computes in, by what, and whether on images that it shares, of its arguments of train.py."""
     modules = run_args.get('device_modules') or []
-    is_fused = FUSED in modules and str(run_args.get('device') or 'cuda').startswith('cuda')
+    is_fused = {FUSED, GRAPHS} & {*modules} and str(run_args.get('device') or 'cuda').startswith('cuda')
     return '; '.join([
         f'amp_dtype {run_args.get("amp_dtype", "float16")}' if run_args.get('amp') else 'amp False',
         *(['fused kernels'] if is_fused else []),
@@ -553,6 +554,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument(
         '--fused', action='store_true',
         help='train SplitMixers by the kernels of fuse_for_training, where there is CUDA, and all by fused AdamW')
+    parser.add_argument('--cuda-graphs', action='store_true', help='with --fused, launch the kernels as CUDA graphs')
     parser.add_argument(
         '--share-images', type=Path, metavar='DIR',
         help='have runs share the augmented images of an epoch, in a folder in memory (150 MB for each of CIFAR)')
@@ -574,7 +576,10 @@ def main(argv: Optional[List[str]] = None) -> int:
         parser.error('--share-images needs --jobs of at least 2')
     if args.fused and args.device.startswith('cuda') and find_spec('triton') is None:
         parser.error('--fused needs Triton, which this torch comes without')
-    modules = [*([FUSED] if args.fused else []), *([SHARED] if args.share_images else [])]
+    if args.cuda_graphs and not args.fused:
+        parser.error('--cuda-graphs needs --fused')
+    fused = [GRAPHS if args.cuda_graphs else FUSED] if args.fused else []
+    modules = [*fused, *([SHARED] if args.share_images else [])]
     try:
         models = read_queue(
             args.queue, args.names, args.output.resolve(), args.scripts / 'train.py', modules,

@@ -424,13 +424,15 @@ def test_plain_on_cpu():
 
 
 @not_interpreted
-def test_all_that_are_created():
-    """ By `splitmixer_timm.train_fused`, which train.py imports; what it cannot fuse stays plain, with a warning."""
-    script = """
-import timm, splitmixer_timm.train_fused
+@pytest.mark.parametrize(('module', 'blocks'), [('train_fused', 'Sequential'), ('train_graphs', 'FusedBlocks')])
+def test_all_that_are_created(module, blocks):
+    """ By the module that train.py imports; what it cannot fuse stays plain, with a warning."""
+    script = f"""
+import timm, splitmixer_timm.{module}
 for name in ('splitmixer_i_256_8', 'splitmixer_iii_256_8.cifar100'):
     model = timm.create_model(name, depth=1)
     assert type(model.blocks[0]).__name__ == 'FusedBlock' and type(model.stem).__name__ == 'FusedStem'
+    assert type(model.blocks).__name__ == {blocks!r}
 assert type(timm.create_model('splitmixer_i_256_8', depth=1, norm_layer='layernorm2d').stem).__name__ == 'Sequential'
 assert type(timm.create_model('convmixer_256_8', depth=1)).__name__ == 'ConvMixer'
 """

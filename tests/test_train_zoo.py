@@ -308,15 +308,16 @@ def test_shared_images(zoo, monkeypatch, capsys):
     assert args['device_modules'] == [*RECIPES_MODULES, 'splitmixer_timm.shared_images']
 
 
+@pytest.mark.parametrize('module', [train_zoo.FUSED, train_zoo.GRAPHS])
 @pytest.mark.parametrize(('device', 'said'), [('cuda', 'amp_dtype float16; fused kernels'), ('cpu', None)])
-def test_fused(zoo, device, said):
+def test_fused(zoo, device, said, module):
     """ SplitMixers by the kernels, where they run, and fused AdamW for all."""
     (zoo.path / 'queue.yaml').write_text(yaml.safe_dump(
         {name: dict(recipe='cifar10') for name in (NAME, 'convmixer_256_8.cifar10')}, sort_keys=False))
     ours, baseline = (model.runs[0].config for model in train_zoo.read_queue(
-        zoo.path / 'queue.yaml', [], zoo.path / 'runs', zoo.path / 'scripts' / 'train.py', [train_zoo.FUSED],
+        zoo.path / 'queue.yaml', [], zoo.path / 'runs', zoo.path / 'scripts' / 'train.py', [module],
         data_dir=zoo.path / 'data', device=device, workers=1, **train_zoo.mixed_precision(device)))
-    assert ours['device_modules'] == [*RECIPES_MODULES, 'splitmixer_timm.train_fused']
+    assert ours['device_modules'] == [*RECIPES_MODULES, module]
     assert baseline['device_modules'] == RECIPES_MODULES
     for config in (ours, baseline):
         assert config['opt_kwargs'] == {'filter_bias_and_bn': False, 'fused': True}
@@ -636,6 +637,7 @@ def test_what_ends_is_not_deaf():
 @pytest.mark.parametrize(('change', 'message'), [
     (dict(args=['--jobs', '0']), "--jobs: must be an integer of at least 1, got '0'"),
     (dict(args=['--workers', '-1']), '--workers must be at least 0, got -1'),
+    (dict(args=['--cuda-graphs']), '--cuda-graphs needs --fused'),
     (dict(args=['--device', 'cuda:99']), "device 'cuda:99' asked for, but"),
     (dict(args=['--device', 'gpu']), "device must be 'cuda', 'cuda:N', 'cpu' or 'mps', got 'gpu'"),
     (dict(args=['mnist']), "'mnist' is not in the queue"),

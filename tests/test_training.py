@@ -148,7 +148,8 @@ class TestTimmScripts:
 
     @pytest.mark.cuda
     @pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA')
-    @pytest.mark.parametrize('modules', [[], ['splitmixer_timm.train_fused']], ids=['plain', 'fused'])
+    @pytest.mark.parametrize('modules', [
+        [], ['splitmixer_timm.train_fused'], ['splitmixer_timm.train_graphs']], ids=['plain', 'fused', 'graphs'])
     def test_train_under_torchrun_on_gpu(self, folders, tmp_path, modules):
         """ As on many GPUs: a process for each, the models wrapped in DistributedDataParallel."""
         done = run(

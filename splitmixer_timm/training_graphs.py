@@ -1,0 +1,156 @@
+""" A training step through blocks as two CUDA graphs, one forward and one backward: no Python launches its kernels."""
+import weakref
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
+
+import torch
+from torch import nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from .layers import is_everything_watched, is_watched
+
+__all__ = ['Graphs', 'state_of']
+
+SETTINGS = {bool, int, float, str, tuple, type(None)}
+
+
+def state_of(blocks: Iterable[nn.Module]) -> Optional[List[Any]]:
+    """ What graphs of blocks are captured with: modules and their settings, where their tensors lie, and which of these
+    are trained. None where there are hooks, which graphs would leave out."""
+    if is_everything_watched():
+        return None
+    state, waiting = [], list(blocks)
+    while waiting:
+        module = waiting.pop()
+        if is_watched(module):
+            return None
+        state += [id(module), type(module)]
+        state += [value for value in vars(module).values() if type(value) in SETTINGS]
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                state += [id(tensor), tensor.data_ptr(), tensor.requires_grad]
+        waiting += [child for child in module._modules.values() if child is not None]
+    return state
+
+
+class _Recorder:
+    """ Captures functions as CUDA graphs, that share their memory and are replayed in the order of their capture."""
+
+    def __init__(self):
+        self.stream = torch.cuda.Stream()
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def warm_up(self, function: Callable[[], Any]) -> None:
+        """ Have a function compile, measure and allocate all that a capture cannot."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            function()
+        torch.cuda.current_stream().wait_stream(self.stream)
+
+    def record(self, function: Callable[[], Sequence[torch.Tensor]]) -> Tuple[Callable[[], None], List[torch.Tensor]]:
+        """ What replays a function, and the tensors that it fills, which are those that the function returns."""
+        graph = torch.cuda.CUDAGraph()
+        # a graph keeps the address of cuBLAS's workspace: of its own pool, not of the warm-up's stream
+        torch._C._cuda_clearCublasWorkspaces()
+        try:
+            # thread_local: what a data loader's thread does meanwhile is not part of it, and no error
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode='thread_local'):
+                outputs = function()
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()
+        return graph.replay, [output.detach() for output in outputs]
+
+
+class _Step:
+    """ A forward pass whose backward pass is still to come."""
+
+
+class _Replay(Function):
+    """ Blocks as their graphs have them, for autograd."""
+
+    @staticmethod
+    def forward(ctx, graphs: 'Graphs', x: torch.Tensor, *params: torch.Tensor) -> torch.Tensor:
+        ctx.graphs, ctx.step = graphs, _Step()
+        return graphs.forward(ctx.step, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, y_grad: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
+        x_grad, param_grads = ctx.graphs.backward(ctx.step, y_grad)
+        return None, x_grad, *param_grads
+
+
+class Graphs:
+    """ Forward and backward pass of blocks in train mode, as CUDA graphs.
+
+    They keep what the forward pass stores for the backward pass where it is: between the two there is no other forward
+    pass by the same graphs.
+
+    Args:
+        blocks: Blocks that draw no random numbers and never wait for the GPU, with parameters of one data type.
+        x: Features of the size, data type and memory format that the graphs are for.
+    """
+
+    def __init__(self, blocks: nn.Sequential, x: torch.Tensor):
+        self._x = x.detach().clone().requires_grad_(x.requires_grad)
+        self.params = [param for param in blocks.parameters() if param.requires_grad]
+        inputs = [*([self._x] if x.requires_grad else []), *self.params]
+        self._sizes = [param.numel() for param in self.params]
+        self._y_grad: Optional[torch.Tensor] = None
+        self._pending: Callable[[], Optional[_Step]] = lambda: None
+        device = x.device.type
+        autocast = dict(dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device))
+        held: Dict[str, torch.Tensor] = {}  # from forward to backward pass
+
+        def forward() -> List[torch.Tensor]:
+            # weights that autocast keeps for later would lie in the graphs' memory
+            with torch.enable_grad(), torch.autocast(device, **autocast, cache_enabled=False):
+                held['y'] = nn.Sequential.forward(blocks, self._x)
+            return [held['y']]
+
+        def backward() -> List[torch.Tensor]:
+            with torch.autocast(device, enabled=False):
+                grads = list(torch.autograd.grad(held.pop('y'), inputs, self._y_grad))
+            x_grad = [grads.pop(0)] if self._x.requires_grad else []
+            return [*x_grad, torch.cat([grad.flatten() for grad in grads])] if grads else x_grad
+
+        def step() -> None:
+            self._y_grad = torch.zeros_like(forward()[0].detach())
+            backward()
+
+        recorder = _Recorder()
+        before = [buffer.clone() for buffer in blocks.buffers()]
+        recorder.warm_up(step)
+        for buffer, value in zip(blocks.buffers(), before):
+            buffer.data.copy_(value)  # running statistics, which the warm-up added to; autograd is not told of either
+        self._replay_forward, (self._y,) = recorder.record(forward)
+        self._replay_backward, self._grads = recorder.record(backward)
+
+    def is_pending(self) -> bool:
+        """ Whether a backward pass of the last forward pass may still come."""
+        return self._pending() is not None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return _Replay.apply(self, x, *self.params)
+
+    def forward(self, step: _Step, x: torch.Tensor) -> torch.Tensor:
+        self._pending = weakref.ref(step)
+        self._x.copy_(x)
+        self._replay_forward()
+        return self._y.clone()
+
+    def backward(self, step: _Step, y_grad: torch.Tensor) -> Tuple[Optional[torch.Tensor], List[torch.Tensor]]:
+        """ Gradients of the features and of the parameters.
+
+        Raises:
+            RuntimeError: If the forward pass was not the last, or had its backward pass already.
+        """
+        if self._pending() is not step:
+            raise RuntimeError('A CUDA graph of blocks runs backward once, before the next forward pass.')
+        self._pending = lambda: None
+        self._y_grad.copy_(y_grad)
+        self._replay_backward()
+        grads = [grad.clone() for grad in self._grads]  # the next step overwrites them
+        x_grad = grads.pop(0) if self._x.requires_grad else None
+        parts = grads[0].split(self._sizes) if grads else []
+        return x_grad, [part.view_as(param) for part, param in zip(parts, self.params)]
