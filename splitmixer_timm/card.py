@@ -45,7 +45,7 @@ class Dataset:
 
 _CIFAR_BIAS = (
     'drawn from web searches of 2008 for English nouns, it carries the habits of those: few settings, Western objects, '
-    'the thing large and in the middle')
+    'the object large and centred')
 _CIFAR_TRAINING = {50000: 'the official train split'}
 DATASETS = {
     'cifar10': Dataset(
@@ -54,8 +54,8 @@ DATASETS = {
     'cifar100': Dataset(
         'CIFAR-100', 'uoft-cs/cifar100', '60,000 images of 32 x 32, 100 classes', _CIFAR_TRAINING, 10000,
         'Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images"',
-        _CIFAR_BIAS + '; five of its classes are people (baby, boy, girl, man, woman), and an answer of those says '
-                      'nothing of a person'),
+        _CIFAR_BIAS + '; five of its classes are people (baby, boy, girl, man, woman), and predicting one says '
+                      'nothing about a person'),
     'flowers102': Dataset(
         'Flowers102', 'dpdl-benchmark/oxford_flowers102', '8,189 images, 102 classes',
         {1020: 'the official train split', 2040: 'the official train and val splits together'},
@@ -79,8 +79,8 @@ Research and teaching: baselines for small mixing architectures, fine-tuning, fe
 speed. A model knows the classes of its data set and nothing else."""
 
 LIMITS = """\
-- It gives one of its classes for any picture, often with high confidence, whether or not the picture shows one.
-- Photographs are shrunk to the resolution of the training images; what does not survive that cannot be recognised.
+- The model gives one of its classes for any picture, often with high confidence, whether or not the picture shows one.
+- Photographs are shrunk to the resolution of the training images; details lost that way cannot be recognised.
 - Probabilities are not calibrated.
 - Not for decisions about people, nor where an error does harm."""
 
@@ -184,7 +184,9 @@ def model_card(
         arguments: Arguments in which it differs from the architecture as it is registered.
         paper: Top-1 in percent that the paper gives for it.
     """
-    metrics, training, known = metrics or {}, training or {}, DATASETS.get(dataset)
+    metrics, training, known = dict(metrics or {}), training or {}, DATASETS.get(dataset)
+    if 0 < cfg['num_classes'] <= 5:
+        metrics.pop('top5', None)  # it is 100 whatever the model
     data = resolve_data_config(pretrained_cfg=cfg)
     counts = measure_complexity(model, data['input_size'])
     size = ' x '.join(map(str, data['input_size'][1:]))
@@ -233,6 +235,7 @@ def model_card(
         log += ": train.py's own figures, from which the evaluation above may differ"
     facts = [
         ('Recipe', training.get('recipe')),
+        ('Started from', training.get('started_from')),
         ('Images', None if images is None else f'{images:,}' + (f', {split}' if split else '')),
         ('Epochs', training.get('epochs')),
         ('Seed', training.get('seed')),

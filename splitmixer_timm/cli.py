@@ -445,7 +445,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         'images', metavar='IMAGE', nargs='+',
         help='file, folder (searched for images), or - for standard input: one image, or paths, one a line')
-    command.add_argument('--model', default=DEFAULT_MODEL, help='a pretrained model (default: %(default)s)')
+    command.add_argument(
+        '--model', default=DEFAULT_MODEL,
+        help='a pretrained model, also hf-hub:USER/NAME or local-dir:DIR (default: %(default)s)')
     command.add_argument('--topk', type=positive, default=3, metavar='K', help='classes shown (default: %(default)s)')
     command.add_argument('--json', action='store_true', help='print JSON')
     command.add_argument('--device', default='cpu', help='device to run on (default: %(default)s)')
@@ -454,12 +456,12 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser('recipe', help="training recipes for timm's train.py --config", description=(
         "Without a name, list the training recipes; with one, print the file's path for timm's train.py --config."))
-    command.add_argument('name', metavar='NAME', nargs='?')
+    command.add_argument('name', metavar='NAME', nargs='?', help='a recipe')
     command.add_argument('--copy', metavar='DEST', help='copy it to a new file, or into a folder')
     command.set_defaults(run=_recipe)
 
     command = commands.add_parser(
-        'data', help='write data sets as image folders, downloaded where they are not there', description=(
+        'data', help='write data sets as image folders, downloading what is missing', description=(
             'Write data sets of torchvision as image folders DIR/NAME/train/CLASS and DIR/NAME/validation/CLASS (the '
             'official test split), which train.py, validate.py, verify and train_zoo read. The original files are kept '
             'in DIR. Photographs to train on are shrunk to 230 x 230, as the recipes of Flowers102 and Food101 want.'))
@@ -504,7 +506,8 @@ def _parser() -> argparse.ArgumentParser:
         'Publish a model with its card in one commit; prints its URL.'))
     command.add_argument('model', metavar='MODEL', nargs='?', help=source)
     command.add_argument('repo_id', metavar='REPO_ID', nargs='?', help='USER/NAME, made if it does not exist')
-    command.add_argument('--all', action='store_true', help='publish the whole zoo, a repository for each arch.tag')
+    command.add_argument(
+        '--all', action='store_true', help='publish the whole zoo, a repository for each arch.tag (needs --org)')
     command.add_argument('--org', help='organisation or user to publish the zoo under')
     command.add_argument('--dry-run', action='store_true', help='show the files and their sizes, publish nothing')
     command.add_argument('--dataset', help='what a run was trained on: cifar10, ..., an id of the Hub, or any name')

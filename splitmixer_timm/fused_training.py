@@ -459,16 +459,15 @@ def fuse_for_training(
         device: Optional[Union[str, torch.device]] = None,
         cuda_graphs: bool = False,
 ) -> SplitMixer:
-    """ Make a model train by Triton kernels on CUDA that keep less than half of what the plain layers do.
+    """ Have a model train on CUDA by Triton kernels, which keep less than half of what the plain layers keep.
 
     The model is changed in place; its parameters, buffers and the names of both stay. The kernels run in train mode on
     CUDA, with norms in fp32 and features in fp32 or, under autocast, half precision. Elsewhere, and in a stem or
     block in which a norm is set to eval mode, or a layer was replaced (as by SyncBatchNorm) or has hooks (as of
-    pruning), the plain layers run. But the stem's convolution is called and may have hooks, and those of channel mixing
-    are called where they were replaced or have hooks; in half precision, with up to 512 channels, only there.
+    pruning), the plain layers run. The stem's convolution is called as usual, with its hooks; so are those of channel
+    mixing, but in half precision with up to 512 channels only where they were replaced or have hooks.
     `torch.compile` leaves stem and blocks to the kernels. The model cannot be scripted, and has no second derivatives.
-    A variance is the mean square less the mean's, which loses digits where a channel's mean is many times its
-    deviation.
+    A variance is mean(x^2) - mean(x)^2, which loses digits where a channel's mean is many times its deviation.
 
     Args:
         model: The model.

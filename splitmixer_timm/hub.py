@@ -463,6 +463,10 @@ def run_release(
     if (folder / SUMMARY).is_file():
         files[SUMMARY] = (folder / SUMMARY).read_bytes()
     training = {'seed': args.get('seed'), 'epochs': epoch if epoch is None else epoch + 1, **_told_by(files)}
+    if args.get('initial_checkpoint'):
+        training['started_from'] = 'a checkpoint'
+    elif args.get('pretrained'):
+        training['started_from'] = f'the pretrained weights of `{public_args(args)["model"]}`'
     return Release(model, metrics, dataset or known, label_names, data_config, training, files)
 
 

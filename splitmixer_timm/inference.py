@@ -45,8 +45,8 @@ def optimize_for_inference(model: SplitMixer, *, dtype: Optional[torch.dtype] = 
     The new module takes images as the model does and has its `forward`, `forward_features`, `forward_intermediates`,
     `forward_head`, `get_classifier`, `num_classes`, `num_features`, `feature_info`, `pretrained_cfg` and `default_cfg`.
     It has no gradients and no train mode, and keeps its device and data type. On a CPU the modules of stem and blocks
-    hold weights and are not called, nor are hooks on them; on CUDA no hook is once a graph is replayed. Weights that
-    are loaded into it count from the next call, but not what is written past autograd's sight, by `tensor.data`.
+    hold weights and are not called, nor are hooks on them; on CUDA no hook runs once a graph is replayed. Weights that
+    are loaded into it count from the next call, but not changes made through `tensor.data`.
     `torch.func.vmap` does not take it.
 
     Where there is no such form (a norm other than BatchNorm2d, an activation other than exact GELU and ReLU, a data

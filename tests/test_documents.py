@@ -21,11 +21,15 @@ def test_tables_are_fresh():
 
 
 def test_introduction():
-    """ How far SplitMixer-I is behind ConvMixer, which README tells in words, is what the manifest has."""
+    """ What README tells in words of the weights is what the manifest has."""
     ours, baseline = (
         manifest.entries()[f'{name}_256_8.cifar10']['metrics']['top1'] for name in ('splitmixer_i', 'convmixer'))
     told = re.search(r'0\.3 points less accurate in the paper, and ([0-9.]+) with\s+the\s+weights', README)
     assert told[1] == f'{baseline - ours:.1f}'
+    entries = manifest.entries().values()
+    size = sum(entry['bytes'] for entry in entries) / 1e6
+    assert f'[{len(entries)} trained models](#weights) ({size:.0f} MB)' in README
+    assert {entry['dataset'] for entry in entries} == {'cifar10', 'cifar100', 'flowers102'}  # "None on Food101"
 
 
 @pytest.fixture
@@ -52,16 +56,24 @@ def test_python_examples(code, tmp_path, hub_env):
 
 
 def test_ci_runs_the_readme():
-    """ The first two shell blocks, set-up and main job, then set-up and tests, are what .ci/run takes from here."""
-    shell = [code.strip() for language, code in BLOCKS if language == 'bash']
-    assert 'pip install .' in shell[0]
-    assert 'splitmixer-timm predict' in shell[0]
-    assert '-m pytest' in shell[1].splitlines()[-1]
-    assert 'README.md' in (ROOT / '.ci' / 'run').read_text()
+    """ Set-up and main job, then set-up and tests: what .ci/run takes from here."""
+    script = (ROOT / '.ci' / 'run').read_text()
+    shell = [code for language, code in BLOCKS if language == 'bash']
+    words = re.search(r"for words in '(.*)' '(.*)'; do", script).groups()
+    install, test = (next(code for code in shell if word in code) for word in words)
+    assert all(command in install for command in ('python3 -m venv', 'splitmixer-timm predict'))
+    assert all(command in test for command in ('python3 -m venv', 'ruff check'))
+    assert '-m pytest' in test.splitlines()[-1]
+    function = re.search(r'^block\(\) \{.*?^\}', script, re.DOTALL | re.MULTILINE)[0]
+    for word, code in ((words[0], install), (words[1], test)):
+        found = subprocess.run(
+            ['bash', '-c', f'{function}\nblock "{word}"'], capture_output=True, text=True, check=True, cwd=ROOT)
+        assert found.stdout.strip() == code.strip()
+    assert subprocess.run(['bash', '-c', f'{function}\nblock "no such words"'], cwd=ROOT).returncode
 
 
 def test_links():
-    for document in ('README.md', 'MODEL_CARD.md', 'benchmarks/README.md'):
+    for document in ('README.md', 'MODEL_CARD.md', 'benchmarks/README.md', 'weights/README.md'):
         path = ROOT / document
         for target in re.findall(r'\]\((?!https?:)([^)#]+)\)', path.read_text(encoding='utf-8')):
             assert (path.parent / target).exists(), f'{document} links to {target}'

@@ -963,8 +963,28 @@ class TestCommandLine:
         assert yaml.safe_load(readme.split('---')[1])['datasets'] == ['alice/letters']
         assert_same(model, pull_from_hub(REPO))
 
+        assert 'Started from' not in readme
+
         assert cli.main(['push', str(folder / 'model_best.pth.tar'), REPO]) == 0
         assert 'top-1 accuracy, %: 40.00' in files(server)['README.md'].decode()
+
+    @pytest.mark.parametrize(('given', 'told'), [
+        (dict(pretrained=True), f'- Started from: the pretrained weights of `{NAME}`'),
+        (dict(pretrained=True, initial_checkpoint='/secret/first.pth'), '- Started from: a checkpoint'),
+    ])
+    def test_card_of_a_fine_tuned_run(self, run_dir, capsys, given, told):
+        """ Of what weights, and no share of five answers where there are no more classes."""
+        folder, _ = run_dir
+        args = yaml.safe_load((folder / 'args.yaml').read_text())
+        for num_classes in (5, 6):
+            (folder / 'args.yaml').write_text(yaml.safe_dump({**args, **given, 'num_classes': num_classes}))
+            state_dict = create(num_classes=num_classes).state_dict()
+            torch.save({'epoch': 1, 'state_dict': state_dict}, folder / 'last.pth.tar')
+            assert cli.main(['card', str(folder)]) == 0
+            card = capsys.readouterr().out
+            assert told in card
+            assert 'secret' not in card
+            assert ('top-5' in card) == (num_classes == 6)
 
     def test_pull_and_push_of_a_folder(self, server, tmp_path, capsys):
         push_to_hub(timm.create_model(ZOO, pretrained=True), REPO, token=TOKEN)

@@ -5,6 +5,8 @@ timm's package does not ship its scripts: SPLITMIXER_TIMM_SCRIPTS names a folder
 import copy
 import csv
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -145,6 +147,18 @@ class TestTimmScripts:
         assert done.returncode == 0, done.stderr
         assert (tmp_path / 'run' / 'last.pth.tar').is_file()
         assert len((tmp_path / 'run' / 'summary.csv').read_text().splitlines()) == 3
+
+    def test_fine_tune(self, folders, tmp_path):
+        """ README's command, on a CPU: without a recipe, from pretrained weights, for another number of classes."""
+        readme = (ROOT / 'README.md').read_text(encoding='utf-8')
+        command = re.search(r'python (train\.py --device-modules splitmixer_timm .*?--epochs) 20', readme, re.DOTALL)[1]
+        script, *args = shlex.split(command.replace('\\\n', ' ').replace('--data-dir DATA', f'--data-dir {folders}'))
+        done = run(
+            os.path.join(SCRIPTS, script), *args, 1, '--num-classes', 10, *CPU, '--batch-size', 80,
+            '--warmup-epochs', 0, '--output', tmp_path, '--experiment', 'run')
+        assert done.returncode == 0, done.stderr
+        assert 'Loading pretrained weights from' in done.stderr
+        assert (tmp_path / 'run' / 'last.pth.tar').is_file()
 
     @pytest.mark.cuda
     @pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA')
