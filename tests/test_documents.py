@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 from hub_server import HubServer
 
-from splitmixer_timm import manifest
+from splitmixer_timm import manifest, paper
 
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 BLOCKS = re.findall(r'```(\w+)\n(.*?)```', README, re.DOTALL)
@@ -26,6 +26,9 @@ def test_introduction():
         manifest.entries()[f'{name}_256_8.cifar10']['metrics']['top1'] for name in ('splitmixer_i', 'convmixer'))
     told = re.search(r'0\.3 points less accurate in the paper, and ([0-9.]+) with\s+the\s+weights', README)
     assert told[1] == f'{baseline - ours:.1f}'
+    name = 'splitmixer_iii_256_8.cifar10'
+    above = manifest.entries()[name]['metrics']['top1'] - paper.top1(name)
+    assert re.search(r'Ours of III on CIFAR-10 is ([0-9.]+)\s+points above', README)[1] == f'{above:.1f}'
     entries = manifest.entries().values()
     size = sum(entry['bytes'] for entry in entries) / 1e6
     assert f'[{len(entries)} trained models](#weights) ({size:.0f} MB)' in README
