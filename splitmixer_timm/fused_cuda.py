@@ -183,8 +183,10 @@ class FusedSplitMixer(FusedModel):
         # pool. The one of the warm-up, which this frees, would go when torch drops any graph of this stream.
         torch._C._cuda_clearCublasWorkspaces()
         try:
-            # thread_local: what a data loader's thread does meanwhile is not part of it, and no error
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode='thread_local'):
+            # the outer context since a capture that fails leaves this thread on its stream; thread_local: what a data
+            # loader's thread does meanwhile is not part of it, and no error
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(
+                    graph, pool=self._pool, stream=self._stream, capture_error_mode='thread_local'):
                 y = self._forward(static_x)
         finally:
             torch._C._cuda_clearCublasWorkspaces()

@@ -1,5 +1,4 @@
 """ Training on CUDA with spatial mixing, activations and norms as Triton kernels that store little for the backward."""
-import logging
 import math
 from itertools import chain
 from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple, Union
@@ -33,8 +32,6 @@ except ImportError:  # torch for another platform comes without Triton
     kernels = None
 
 __all__ = ['fuse_for_training']
-
-_logger = logging.getLogger(__name__)
 
 # Up to this many channels a product of half precision waits for memory, however many of its weights are zero.
 MAX_DENSE = 512
@@ -413,12 +410,9 @@ class FusedBlocks(nn.Sequential):
         seen, self._seen = self._seen, self._state(x)
         if self._seen is not None and self._seen == seen != self._captured:
             self._graphs, self._captured = None, self._seen  # the memory of the old ones is free for the new ones
-            try:
-                if self._can_be_captured(x):
-                    with torch.cuda.device_of(x):
-                        self._graphs = Graphs(self, x)
-            except RuntimeError as e:
-                _logger.warning(f'Training goes on without CUDA graphs, which could not be captured: {e}')
+            if self._can_be_captured(x):
+                with torch.cuda.device_of(x):
+                    self._graphs = Graphs(self, x)
         if self._graphs is None or self._captured != self._seen or self._graphs.is_pending():
             return super().forward(x)
         with torch.cuda.device_of(x):
@@ -474,10 +468,10 @@ def fuse_for_training(
         device: Where it will be trained, its own device if None.
         cuda_graphs: Whether the blocks become two CUDA graphs, one forward and one backward, at the second step in a
             row with images of a size and number. They save the time that Python takes to launch some 150 kernels, and
-            keep the memory of a step between steps. Steps that they are not for go without: others' sizes, gradient
+            keep the memory of a step between steps. Steps that they are not for go without: other sizes, gradient
             checkpointing, stochastic depth, hooks within the blocks, a second forward pass before the backward pass,
-            `torch.compile`. Under DistributedDataParallel the blocks' gradients come all at once. A backward pass with
-            `retain_graph` cannot be repeated.
+            `torch.compile`, anomaly mode. Under DistributedDataParallel the blocks' gradients come all at once. A
+            backward pass with `retain_graph` cannot be repeated.
 
     Returns:
         The model.

@@ -1,11 +1,13 @@
 """ A training step through blocks as two CUDA graphs, one forward and one backward: no Python launches its kernels."""
 import weakref
+from collections import OrderedDict
 from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import torch
 from torch import nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 
 from .layers import is_everything_watched, is_watched
 
@@ -13,13 +15,17 @@ __all__ = ['Graphs', 'state_of']
 
 SETTINGS = {bool, int, float, str, tuple, type(None)}
 
+# torch has no public way to ask this: whether what is stored for the backward pass goes elsewhere, or to a checkpoint
+_saved_tensors_hooks = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks', lambda ignore_is_tracing: None)
+
 
 def state_of(blocks: Iterable[nn.Module]) -> Optional[List[Any]]:
-    """ What graphs of blocks are captured with: modules and their settings, where their tensors lie, and which of these
-    are trained. None where there are hooks, which graphs would leave out."""
-    if is_everything_watched():
+    """ What graphs of blocks are captured with: modules and their settings, where their tensors lie, which of these are
+    trained, and how exact products are. None where somebody looks on, whom graphs would leave out."""
+    if is_everything_watched() or _saved_tensors_hooks(False) is not None or torch.is_anomaly_enabled():
         return None
-    state, waiting = [], list(blocks)
+    state = [torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()]
+    waiting = list(blocks)
     while waiting:
         module = waiting.pop()
         if is_watched(module):
@@ -43,9 +49,11 @@ class _Recorder:
     def warm_up(self, function: Callable[[], Any]) -> None:
         """ Have a function compile, measure and allocate all that a capture cannot."""
         self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            function()
-        torch.cuda.current_stream().wait_stream(self.stream)
+        try:
+            with torch.cuda.stream(self.stream):
+                function()
+        finally:
+            torch.cuda.current_stream().wait_stream(self.stream)
 
     def record(self, function: Callable[[], Sequence[torch.Tensor]]) -> Tuple[Callable[[], None], List[torch.Tensor]]:
         """ What replays a function, and the tensors that it fills, which are those that the function returns."""
@@ -53,8 +61,10 @@ class _Recorder:
         # a graph keeps the address of cuBLAS's workspace: of its own pool, not of the warm-up's stream
         torch._C._cuda_clearCublasWorkspaces()
         try:
-            # thread_local: what a data loader's thread does meanwhile is not part of it, and no error
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode='thread_local'):
+            # the outer context since a capture that fails leaves this thread on its stream; thread_local: what a data
+            # loader's thread does meanwhile is not part of it, and no error
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(
+                    graph, pool=self.pool, stream=self.stream, capture_error_mode='thread_local'):
                 outputs = function()
         finally:
             torch._C._cuda_clearCublasWorkspaces()
@@ -71,13 +81,18 @@ class _Replay(Function):
     @staticmethod
     def forward(ctx, graphs: 'Graphs', x: torch.Tensor, *params: torch.Tensor) -> torch.Tensor:
         ctx.graphs, ctx.step = graphs, _Step()
+        ctx.save_for_backward(*params)
         return graphs.forward(ctx.step, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, y_grad: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
-        x_grad, param_grads = ctx.graphs.backward(ctx.step, y_grad)
-        return None, x_grad, *param_grads
+        if ctx.graphs is None or not ctx.graphs.is_pending(ctx.step):
+            raise RuntimeError('A CUDA graph of blocks runs backward once, before the next forward pass.')
+        params = ctx.saved_tensors  # an error if they were changed since
+        x_grad, param_grads = ctx.graphs.backward(y_grad)
+        ctx.graphs = None  # a loss that is kept does not keep their memory
+        return None, x_grad, *(grad.view_as(param) for grad, param in zip(param_grads, params))
 
 
 class Graphs:
@@ -93,8 +108,12 @@ class Graphs:
 
     def __init__(self, blocks: nn.Sequential, x: torch.Tensor):
         self._x = x.detach().clone().requires_grad_(x.requires_grad)
-        self.params = [param for param in blocks.parameters() if param.requires_grad]
-        inputs = [*([self._x] if x.requires_grad else []), *self.params]
+        trained = {name: param for name, param in blocks.named_parameters() if param.requires_grad}
+        self.params = list(trained.values())
+        # The parameters themselves have hooks, and nodes of the steps before, that belong to another stream.
+        aliases = {name: param.detach().requires_grad_() for name, param in trained.items()}
+        inputs = [*([self._x] if x.requires_grad else []), *aliases.values()]
+        plain = nn.Sequential(OrderedDict(blocks.named_children()))
         self._sizes = [param.numel() for param in self.params]
         self._y_grad: Optional[torch.Tensor] = None
         self._pending: Callable[[], Optional[_Step]] = lambda: None
@@ -105,7 +124,7 @@ class Graphs:
         def forward() -> List[torch.Tensor]:
             # weights that autocast keeps for later would lie in the graphs' memory
             with torch.enable_grad(), torch.autocast(device, **autocast, cache_enabled=False):
-                held['y'] = nn.Sequential.forward(blocks, self._x)
+                held['y'] = functional_call(plain, aliases, (self._x,))
             return [held['y']]
 
         def backward() -> List[torch.Tensor]:
@@ -120,15 +139,18 @@ class Graphs:
 
         recorder = _Recorder()
         before = [buffer.clone() for buffer in blocks.buffers()]
-        recorder.warm_up(step)
-        for buffer, value in zip(blocks.buffers(), before):
-            buffer.data.copy_(value)  # running statistics, which the warm-up added to; autograd is not told of either
+        try:
+            recorder.warm_up(step)
+        finally:
+            for buffer, value in zip(blocks.buffers(), before):
+                buffer.data.copy_(value)  # running statistics, which the warm-up added to, unseen by autograd as this
         self._replay_forward, (self._y,) = recorder.record(forward)
         self._replay_backward, self._grads = recorder.record(backward)
 
-    def is_pending(self) -> bool:
-        """ Whether a backward pass of the last forward pass may still come."""
-        return self._pending() is not None
+    def is_pending(self, step: Optional[_Step] = None) -> bool:
+        """ Whether a backward pass may still come: of this forward pass, or of any."""
+        pending = self._pending()
+        return pending is not None and (step is None or pending is step)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return _Replay.apply(self, x, *self.params)
@@ -139,18 +161,11 @@ class Graphs:
         self._replay_forward()
         return self._y.clone()
 
-    def backward(self, step: _Step, y_grad: torch.Tensor) -> Tuple[Optional[torch.Tensor], List[torch.Tensor]]:
-        """ Gradients of the features and of the parameters.
-
-        Raises:
-            RuntimeError: If the forward pass was not the last, or had its backward pass already.
-        """
-        if self._pending() is not step:
-            raise RuntimeError('A CUDA graph of blocks runs backward once, before the next forward pass.')
+    def backward(self, y_grad: torch.Tensor) -> Tuple[Optional[torch.Tensor], Sequence[torch.Tensor]]:
+        """ Gradients of the features and, flat, of the parameters, of the last forward pass."""
         self._pending = lambda: None
         self._y_grad.copy_(y_grad)
         self._replay_backward()
         grads = [grad.clone() for grad in self._grads]  # the next step overwrites them
         x_grad = grads.pop(0) if self._x.requires_grad else None
-        parts = grads[0].split(self._sizes) if grads else []
-        return x_grad, [part.view_as(param) for part, param in zip(parts, self.params)]
+        return x_grad, grads[0].split(self._sizes) if grads else ()

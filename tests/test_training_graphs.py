@@ -3,14 +3,18 @@
 On a CPU what stands for CUDA's graphs runs the captured functions again, into the same memory; and outside of Triton's
 interpreter, which is slow, the plain layers stand for the kernels.
 """
+import contextlib
 import copy
-import logging
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
 from timm.utils import freeze
-from torch import nn
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from triton_device import DEVICE, HAS_CUDA, INTERPRETED, cuda, not_interpreted, run_interpreted, runs_kernels
 
 from splitmixer_timm import SplitMixer, fused_training, optimize_for_inference, training_graphs
@@ -29,21 +33,21 @@ def _models(dim=10, depth=2, kernel_size=3, patch_size=2, num_classes=5, **kwarg
 
 
 class Captures(list):
-    """ Blocks and features that graphs were captured for, and how many steps the graphs made."""
+    """ Features that graphs were captured for, and how many steps the graphs made."""
     steps = 0
 
 
 @pytest.fixture
 def captures(monkeypatch):
     """ On a CPU, with graphs that are none."""
-    captured = Captures()
+    captured, recorded = Captures(), []
 
     class Recorder:
         def warm_up(self, function):
             function()
 
         def record(self, function):
-            buffers = list(captured[-1][0].buffers())
+            buffers = list(recorded[-1].buffers())
             before = [buffer.clone() for buffer in buffers]
             outputs = [output.detach() for output in function()]
             for buffer, value in zip(buffers, before):
@@ -58,8 +62,9 @@ def captures(monkeypatch):
 
     class Recorded(Graphs):
         def __init__(self, blocks, x):
-            captured.append((blocks, x))
+            recorded.append(blocks)
             super().__init__(blocks, x)
+            captured.append(x)
 
         def forward(self, step, x):
             captured.steps += 1
@@ -120,7 +125,7 @@ def test_steps_by_kernels(captures, dtype, kwargs):
     for n in range(3):
         x = _images()
         _assert_same(_step(graphed, x, dtype), _step(plain, x, dtype))
-        assert len(captures) == min(n, 1)
+        assert (len(captures), captures.steps) == (min(n, 1), n)
 
 
 @runs_once
@@ -202,11 +207,11 @@ def test_sizes(captures):
     for size in (6, 6, 8, 6, 8, 8, 8, 6):
         x = _images(size=size)
         _assert_same(_step(graphed, x), _step(plain, x))
-    assert [x.shape[-1] for _, x in captures] == [3, 4]
+    assert [x.shape[-1] for x in captures] == [3, 4]
     x = _images(batch=3, size=8)
     for dtype in (torch.bfloat16, torch.bfloat16, None, torch.bfloat16):
         _assert_same(_step(graphed, x, dtype), _step(plain, x, dtype))
-    assert [x.shape[0] for _, x in captures] == [2, 2, 3]
+    assert [x.shape[0] for x in captures] == [2, 2, 3]
 
 
 def _set(module, model, **values):
@@ -316,18 +321,113 @@ def test_compiled(captures):
 
 
 @runs_once
-def test_capture_that_fails(captures, monkeypatch, caplog):
+@pytest.mark.parametrize('part', ['warm_up', 'record'][:1 if HAS_CUDA else 2])
+def test_capture_that_fails(captures, monkeypatch, part):
+    """ An error that leaves the statistics as they were, and after which training goes on without graphs."""
     def fail(self, function):
+        function()
         raise RuntimeError('out of memory')
 
-    monkeypatch.setattr(training_graphs._Recorder, 'record', fail)
     graphed, plain = _models()
-    with caplog.at_level(logging.WARNING):
+    x = _images()
+    for model in (graphed, plain):
+        _step(model, x)
+    before = [buffer.clone() for buffer in graphed.blocks.buffers()]
+    with monkeypatch.context() as patch:
+        patch.setattr(training_graphs._Recorder, part, fail)
+        with pytest.raises(RuntimeError, match='out of memory'):
+            graphed(x)
+    if part == 'warm_up':  # what stands for a capture on a CPU runs
+        _assert_same(graphed.blocks.buffers(), before)
+    graphed.load_state_dict(plain.state_dict())
+    for _ in range(3):
+        x = _images()
+        _assert_same(_step(graphed, x), _step(plain, x))
+    assert not captures
+
+
+@runs_once
+def test_hooks_on_parameters(captures):
+    """ They are called once for a gradient, and not by the capture."""
+    graphed, plain = _models()
+    calls = []
+    for model in (graphed, plain):
+        for param in model.parameters():
+            param.register_hook(lambda grad: calls.append(1) or 0.5 * grad)
+    for _ in range(4):
+        x = _images()
+        counts = []
+        for model in (graphed, plain):
+            calls.clear()
+            counts.append((_step(model, x), len(calls)))
+        assert counts[0][1] == counts[1][1]
+        _assert_same(counts[0][0], counts[1][0])
+    assert (len(captures), captures.steps) == (1, 3)
+
+
+@runs_once
+def test_parameters_changed_before_the_backward_pass(captures):
+    """ An error, as from the plain layers."""
+    graphed, plain = _models()
+    for model in (plain, graphed):
+        for _ in range(3):
+            loss = model(_images()).square().sum()
+            loss.backward()
+        loss = model(_images()).square().sum()
+        with torch.no_grad():
+            model.blocks[0].spatial_mixing.conv1.weight += 1
+        with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+            loss.backward()
+    assert (len(captures), captures.steps) == (1, 3)
+
+
+@runs_once
+@pytest.mark.parametrize('context', [
+    lambda: torch.autograd.detect_anomaly(check_nan=False),
+    lambda: torch.autograd.graph.save_on_cpu(),
+    contextlib.nullcontext,
+], ids=['anomaly', 'saved elsewhere', 'checkpoint'])
+@pytest.mark.filterwarnings('ignore:Anomaly Detection')
+def test_watched_by_autograd(captures, context):
+    """ Where more is done with what a step stores than to store it, there are no graphs."""
+    graphed, plain = _models()
+    for _ in range(3):
+        x = _images()
+        for model in (graphed, plain):
+            model.zero_grad()
+            with context():
+                y = checkpoint(model, x, use_reentrant=False) if context is contextlib.nullcontext else model(x)
+                y.square().sum().backward()
+        _assert_same([param.grad for param in graphed.parameters()], [param.grad for param in plain.parameters()])
+    assert not captures
+
+
+@runs_once
+def test_memory_of_the_last_graphs(captures):
+    """ It is free once there are others, though the loss of a step of theirs is kept."""
+    graphed, _ = _models()
+    losses, kept = [], []
+    for size in (6, 6, 8, 8):
+        losses.append(graphed(_images(size=size)).square().sum())
+        losses[-1].backward()
+        kept.append(graphed.blocks._graphs and weakref.ref(graphed.blocks._graphs))
+    gc.collect()
+    assert [graphs and graphs() is not None for graphs in kept] == [None, False, False, True]
+
+
+@runs_once
+def test_distributed(captures, tmp_path):
+    """ In DistributedDataParallel, which keeps nodes of the parameters."""
+    distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/rendezvous', rank=0, world_size=1)
+    try:
+        graphed, plain = _models()
+        parallel = DistributedDataParallel(graphed)
         for _ in range(4):
             x = _images()
-            _assert_same(_step(graphed, x), _step(plain, x))
-    assert [record.getMessage() for record in caplog.records] == [
-        'Training goes on without CUDA graphs, which could not be captured: out of memory']
+            _assert_same(_step(parallel, x), _step(plain, x))
+    finally:
+        distributed.destroy_process_group()
+    assert (len(captures), captures.steps) == (1, 3)
 
 
 @not_interpreted
@@ -368,4 +468,4 @@ def test_real_size_on_gpu(captures, variant):
             scaler.update()
             losses[-1].append(loss.detach())
     torch.testing.assert_close(*map(torch.stack, losses), rtol=2e-2, atol=2e-2)
-    assert len(captures) == 1
+    assert (len(captures), captures.steps) == (1, 19)
