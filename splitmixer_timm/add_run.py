@@ -38,7 +38,8 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from . import manifest
 from .card import DATASETS
-from .cli import ARCHITECTURES, positive
+from .cli import positive
+from .convmixer import ARCHITECTURES
 from .machine import device_name
 from .run import environment
 from .runs import (

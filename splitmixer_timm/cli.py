@@ -11,11 +11,11 @@ from typing import Any, Dict, List, Optional
 import timm
 from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, get_pretrained_cfg, is_model
 
-from . import __version__, convmixer, manifest, splitmixer
+from . import __version__, manifest
+from .convmixer import ARCHITECTURES
 from .image_folders import SOURCES, write_image_folders
+from .runs import RECIPES_DIR
 
-ARCHITECTURES = {**splitmixer.VARIANTS, **convmixer.VARIANTS}
-RECIPES_DIR = Path(__file__).resolve().parent / 'recipes'
 TOLERANCE = 0.05  # points of top-1 that two measurements of the same weights may differ by
 DEFAULT_MODEL = 'splitmixer_i_256_8.cifar10'
 

@@ -4,6 +4,7 @@ Paper: `Patches Are All You Need?` - https://arxiv.org/abs/2201.09792
 """
 from timm.models import ConvMixer, register_model
 
+from . import splitmixer
 from .splitmixer import CIFAR, SQUASHED, create_variant, generate_variant_cfgs, resolve_act_layer
 
 __all__ = []
@@ -12,6 +13,7 @@ VARIANTS = {
     'convmixer_256_8': (dict(dim=256, depth=8, kernel_size=5, patch_size=2), CIFAR),
     'convmixer_256_8_ks7_p7': (dict(dim=256, depth=8, kernel_size=7, patch_size=7), SQUASHED),
 }
+ARCHITECTURES = {**splitmixer.VARIANTS, **VARIANTS}  # all of this package
 
 default_cfgs = generate_variant_cfgs(
     VARIANTS,

@@ -1,4 +1,4 @@
-""" What timm's train.py leaves in the output folder of a run. """
+""" What timm's train.py is given, and what it leaves in the output folder of a run. """
 import argparse
 import csv
 import threading
@@ -8,6 +8,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 import yaml
 
+RECIPES_DIR = Path(__file__).resolve().parent / 'recipes'
 FIRST_ARGS = 'args.first.yaml'  # the arguments of a run that was resumed, as they were when it began
 MADE_ON = 'made_on.yaml'  # machine and versions of each part of a run of `train_zoo`, those that differ
 

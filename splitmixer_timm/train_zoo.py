@@ -50,7 +50,7 @@ from .add_run import (
     timm_version,
     weights_content,
 )
-from .cli import RECIPES_DIR, positive
+from .cli import positive
 from .image_folders import SOURCES
 from .machine import device_name, has_bfloat16
 from .run import environment
@@ -59,6 +59,7 @@ from .runs import (
     FUSED,
     GRAPHS,
     MADE_ON,
+    RECIPES_DIR,
     SHARED,
     checkpoint_epoch,
     comparable_args,

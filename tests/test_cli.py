@@ -14,6 +14,7 @@ from conftest import BASELINES, SPLITMIXERS
 from PIL import Image
 
 from splitmixer_timm import cli, manifest
+from splitmixer_timm.convmixer import ARCHITECTURES
 from splitmixer_timm.predict import load_image
 
 EXAMPLE = Path(__file__).parent / 'assets' / 'airplane.png'
@@ -57,7 +58,7 @@ class TestEntryPoints:
             command = [str(script)]
         done = subprocess.run([*command, 'list'], capture_output=True, text=True)
         assert done.returncode == 0
-        assert done.stdout.split() == [*cli.ARCHITECTURES]
+        assert done.stdout.split() == [*ARCHITECTURES]
         done = subprocess.run([*command, 'predict'], capture_output=True, text=True)
         assert done.returncode == 2
         assert 'IMAGE' in done.stderr

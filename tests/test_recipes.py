@@ -18,9 +18,9 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torchvision.transforms import RandAugment
 
 import splitmixer_timm.randaugment  # noqa: F401, as recipes have train.py import it
-from splitmixer_timm import cli, manifest
+from splitmixer_timm import cli, manifest, runs
 
-RECIPES = {path.stem: yaml.safe_load(path.read_text()) for path in cli.RECIPES_DIR.glob('*.yaml')}
+RECIPES = {path.stem: yaml.safe_load(path.read_text()) for path in runs.RECIPES_DIR.glob('*.yaml')}
 PLUS = ('cifar10_plus', 'cifar100_plus')
 PAPER = [name for name in RECIPES if not name.startswith('in1k') and name not in PLUS]
 ABLATIONS = {
@@ -239,7 +239,7 @@ def test_train_parses_it(name):
         'known = {a.dest for a in train.parser._actions}; '
         'print(yaml.safe_load(open(sys.argv[2])).keys() - known)')
     done = subprocess.run(
-        [sys.executable, '-c', code, SCRIPTS, '--config', cli.RECIPES_DIR / f'{name}.yaml'],
+        [sys.executable, '-c', code, SCRIPTS, '--config', runs.RECIPES_DIR / f'{name}.yaml'],
         capture_output=True, text=True)
     assert done.stdout == 'set()\n', done.stderr
 

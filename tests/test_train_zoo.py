@@ -18,7 +18,7 @@ import yaml
 from conftest import ROOT, make_images, real_images
 from timm.models import is_model
 
-from splitmixer_timm import add_run, cli, manifest, runs, train_zoo
+from splitmixer_timm import add_run, manifest, runs, train_zoo
 from splitmixer_timm.machine import device_name, has_bfloat16
 from splitmixer_timm.run import environment
 
@@ -708,7 +708,7 @@ def test_modules_of_the_queue(zoo):
 
 def test_planned_epochs_of_a_cycle():
     """ As train.py says it schedules them: timm rounds a cycle down to updates."""
-    recipe = yaml.safe_load((cli.RECIPES_DIR / 'cifar100.yaml').read_text())
+    recipe = yaml.safe_load((runs.RECIPES_DIR / 'cifar100.yaml').read_text())
     args = {**yaml.safe_load(DEFAULTS.read_text()), **recipe, 'lr_cycle_limit': 1}
     assert add_run.planned_epochs(args, 50_000) == 81
     assert add_run.planned_epochs({**args, 'batch_size': 128, 'grad_accum_steps': 4}, 50_000) == 82
@@ -748,4 +748,4 @@ def test_with_timms_scripts(zoo, tmp_path):
     assert 0 <= entry['metrics']['top1'] <= 100
     assert entry['training']['epochs'] == 2
     assert entry['training']['recipe'].endswith('amp_dtype bfloat16' if has_bfloat16() else 'amp False')
-    assert cli.RECIPES_DIR.name not in entry['training']['args']
+    assert runs.RECIPES_DIR.name not in entry['training']['args']
