@@ -264,8 +264,8 @@ def _dump(metadata: Dict[str, Any]) -> str:
     return yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=1000) if metadata else ''
 
 
-def _join(metadata: Dict[str, Any], body: str, kept: str = '') -> str:
-    return f'---\n{_dump(metadata)}{kept}---\n\n{body}'
+def _join(metadata: Dict[str, Any], body: str, kept: str = '', comments: str = '') -> str:
+    return f'---\n{comments}{_dump(metadata)}{kept}---\n\n{body}'
 
 
 def _split(card: str) -> Tuple[str, str]:
@@ -338,4 +338,5 @@ def merge_cards(existing: str, new: str, keep_licence: bool = True) -> str:
     elif old_metadata.get('license'):
         metadata['license'] = old_metadata['license']
     kept = ''.join(line for key, line in lines.items() if key not in replaced)
-    return _join(metadata, body, kept)
+    comments = re.match(r'((?:[ \t]*#.*)?\n)*', old_text)[0]  # before the first key
+    return _join(metadata, body, kept, comments.lstrip('\n'))

@@ -1412,6 +1412,13 @@ class TestCard:
         assert f'\n{lines}---\n' in merged
         assert card.merge_cards(merged, new) == merged
 
+    @pytest.mark.parametrize('metadata', ['license: mit\n', '{license: mit}\n', '', 'a: 1  # one\n'])
+    def test_comments_before_the_first_key_are_kept(self, metadata):
+        new = hub.Release(create()).card('a', 'b')
+        merged = card.merge_cards(f'---\n\n# For the docs see\n\n  # the Hub\n{metadata}---\n', new)
+        assert merged.startswith('---\n# For the docs see\n\n  # the Hub\nlibrary_name: timm\n')
+        assert card.merge_cards(merged, new) == merged
+
     @pytest.mark.parametrize('metadata', [
         '{a: 1, b: [x, y]}', '  a: 1\n  b: [x, y]', 'license: &x mit\na: 1\nb: [x, y]\nc: *x'])
     def test_metadata_that_shares_lines(self, metadata):
