@@ -29,7 +29,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ('-h', '--help'):
-        print(__doc__.strip(), file=sys.stdout if argv else sys.stderr)
+        print((__doc__ or '').strip(), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     script = argv[0]
     try:

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -69,6 +70,7 @@ def clock(monkeypatch):
     return set_times
 
 
+@pytest.mark.skipif(not shutil.which('git'), reason='no git')
 def test_commit(tmp_path, monkeypatch):
     """ Marked where the package, or a script that measures, is not as it was committed; other files do not matter."""
     def git(*args):
