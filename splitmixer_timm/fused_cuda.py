@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .cuda_graphs import capture, warm_up
 from .fused import FusedModel, Unsupported, activation, check_supported, fold_affine, segments
 from .splitmixer import SplitMixer, SplitMixerBlock
 
@@ -169,27 +170,13 @@ class FusedSplitMixer(FusedModel):
             self._done = torch.cuda.Event()
         if not self._graphs:  # a pool that was given up could not be taken again while a tensor in it lives
             self._pool = torch.cuda.graph_pool_handle()
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            y = self._forward(static_x)  # compiles, measures, allocates workspaces
+        y = warm_up(lambda: self._forward(static_x), self._stream)
         for part in tree_leaves(y):
             if not isinstance(part, torch.Tensor):  # what is in it would be overwritten by the next call
                 raise TypeError(
                     'The classifier of a model in a CUDA graph must give tensors, or tuples, lists or dicts of them, '
                     f'got {type(part).__name__}.')
-        torch.cuda.current_stream().wait_stream(self._stream)
-        graph = torch.cuda.CUDAGraph()
-        # As torch's own graph trees do: the workspace of cuBLAS, whose address the graph keeps, comes from the graphs'
-        # pool. The one of the warm-up, which this frees, would go when torch drops any graph of this stream.
-        torch._C._cuda_clearCublasWorkspaces()
-        try:
-            # the outer context since a capture that fails leaves this thread on its stream; thread_local: what a data
-            # loader's thread does meanwhile is not part of it, and no error
-            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(
-                    graph, pool=self._pool, stream=self._stream, capture_error_mode='thread_local'):
-                y = self._forward(static_x)
-        finally:
-            torch._C._cuda_clearCublasWorkspaces()
+        graph, y = capture(lambda: self._forward(static_x), self._stream, self._pool)
         return graph, static_x, y
 
     def _check_state(self) -> None:

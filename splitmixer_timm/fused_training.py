@@ -467,7 +467,7 @@ def fuse_for_training(
         model: The model.
         device: Where it will be trained, its own device if None.
         cuda_graphs: Whether the blocks become two CUDA graphs, one forward and one backward, at the second step in a
-            row with images of a size and number. They save the time that Python takes to launch some 150 kernels, and
+            row with images of a size and number. They save the time that Python takes to launch each kernel, and
             keep the memory of a step between steps. Steps that they are not for go without: other sizes, gradient
             checkpointing, stochastic depth, hooks within the blocks, a second forward pass before the backward pass,
             `torch.compile`, anomaly mode. Under DistributedDataParallel the blocks' gradients come all at once. A

@@ -58,6 +58,7 @@ from .runs import (
     FIRST_ARGS,
     FUSED,
     GRAPHS,
+    KERNELS,
     MADE_ON,
     RECIPES_DIR,
     SHARED,
@@ -130,7 +131,7 @@ def read_queue(
         patterns: Names or patterns of names.
         output: Folder of the runs.
         script: timm's train.py.
-        modules: Modules for train.py to import beside the recipe's, `FUSED` and `GRAPHS` for SplitMixers only.
+        modules: Modules for train.py to import beside the recipe's, `KERNELS` for SplitMixers only.
         **train_args: Arguments of train.py for all runs.
 
     Raises:
@@ -206,7 +207,7 @@ def _read_model(
         raise ValueError(f'seeds of {name} in {path} must be a list of different integers, got {seeds!r}')
     if 'amp_dtype' in args:
         args = {'amp': True, **args}  # asked for, whatever the device's own would be
-    own_modules = [module for module in modules if module not in (FUSED, GRAPHS) or arch in splitmixer.VARIANTS]
+    own_modules = [module for module in modules if module not in KERNELS or arch in splitmixer.VARIANTS]
     runs = []
     for seed in seeds:
         config = {
@@ -218,7 +219,7 @@ def _read_model(
             raise ValueError(f'{name} in {path} must be as it is registered, its args make it {", ".join(changes)}')
         config['device_modules'] = list(dict.fromkeys(
             [*base['device_modules'], *config['device_modules'], *own_modules]))  # the models stay registered
-        if {FUSED, GRAPHS} & {*modules} and config.get('opt') in ('adam', 'adamw'):
+        if KERNELS & {*modules} and config.get('opt') in ('adam', 'adamw'):
             config['opt_kwargs'] = {**(config.get('opt_kwargs') or {}), 'fused': True}
         runs.append(Run(name, output / f'{name}-{seed}', config))
     # where a warm-up comes first, train.py's `epochs` are those after it
@@ -239,7 +240,7 @@ def mixed_precision(device: str) -> Dict[str, Any]:
 def precision(run_args: Dict[str, Any]) -> str:
     """ What a run computes in, by what, and whether on images that it shares, of its arguments of train.py."""
     modules = run_args.get('device_modules') or []
-    is_fused = {FUSED, GRAPHS} & {*modules} and str(run_args.get('device') or 'cuda').startswith('cuda')
+    is_fused = KERNELS & {*modules} and str(run_args.get('device') or 'cuda').startswith('cuda')
     return '; '.join([
         f'amp_dtype {run_args.get("amp_dtype", "float16")}' if run_args.get('amp') else 'amp False',
         *(['fused kernels'] if is_fused else []),

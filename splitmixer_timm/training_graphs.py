@@ -9,6 +9,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
+from .cuda_graphs import capture, warm_up
 from .layers import is_everything_watched, is_watched
 
 __all__ = ['Graphs', 'state_of']
@@ -37,38 +38,6 @@ def state_of(blocks: Iterable[nn.Module]) -> Optional[List[Any]]:
                 state += [id(tensor), tensor.data_ptr(), tensor.requires_grad]
         waiting += [child for child in module._modules.values() if child is not None]
     return state
-
-
-class _Recorder:
-    """ Captures functions as CUDA graphs, that share their memory and are replayed in the order of their capture."""
-
-    def __init__(self):
-        self.stream = torch.cuda.Stream()
-        self.pool = torch.cuda.graph_pool_handle()
-
-    def warm_up(self, function: Callable[[], Any]) -> None:
-        """ Have a function compile, measure and allocate all that a capture cannot."""
-        self.stream.wait_stream(torch.cuda.current_stream())
-        try:
-            with torch.cuda.stream(self.stream):
-                function()
-        finally:
-            torch.cuda.current_stream().wait_stream(self.stream)
-
-    def record(self, function: Callable[[], Sequence[torch.Tensor]]) -> Tuple[Callable[[], None], List[torch.Tensor]]:
-        """ What replays a function, and the tensors that it fills, which are those that the function returns."""
-        graph = torch.cuda.CUDAGraph()
-        # a graph keeps the address of cuBLAS's workspace: of its own pool, not of the warm-up's stream
-        torch._C._cuda_clearCublasWorkspaces()
-        try:
-            # the outer context since a capture that fails leaves this thread on its stream; thread_local: what a data
-            # loader's thread does meanwhile is not part of it, and no error
-            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(
-                    graph, pool=self.pool, stream=self.stream, capture_error_mode='thread_local'):
-                outputs = function()
-        finally:
-            torch._C._cuda_clearCublasWorkspaces()
-        return graph.replay, [output.detach() for output in outputs]
 
 
 class _Step:
@@ -121,11 +90,11 @@ class Graphs:
         autocast = dict(dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device))
         held: Dict[str, torch.Tensor] = {}  # from forward to backward pass
 
-        def forward() -> List[torch.Tensor]:
+        def forward() -> torch.Tensor:
             # weights that autocast keeps for later would lie in the graphs' memory
             with torch.enable_grad(), torch.autocast(device, **autocast, cache_enabled=False):
                 held['y'] = functional_call(plain, aliases, (self._x,))
-            return [held['y']]
+            return held['y']
 
         def backward() -> List[torch.Tensor]:
             with torch.autocast(device, enabled=False):
@@ -134,18 +103,19 @@ class Graphs:
             return [*x_grad, torch.cat([grad.flatten() for grad in grads])] if grads else x_grad
 
         def step() -> None:
-            self._y_grad = torch.zeros_like(forward()[0].detach())
+            self._y_grad = torch.zeros_like(forward().detach())
             backward()
 
-        recorder = _Recorder()
+        stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         before = [buffer.clone() for buffer in blocks.buffers()]
         try:
-            recorder.warm_up(step)
+            warm_up(step, stream)
         finally:
             for buffer, value in zip(blocks.buffers(), before):
                 buffer.data.copy_(value)  # running statistics, which the warm-up added to, unseen by autograd as this
-        self._replay_forward, (self._y,) = recorder.record(forward)
-        self._replay_backward, self._grads = recorder.record(backward)
+        self._forward, y = capture(forward, stream, pool)
+        self._y = y.detach()
+        self._backward, self._grads = capture(backward, stream, pool)
 
     def is_pending(self, step: Optional[_Step] = None) -> bool:
         """ Whether a backward pass may still come: of this forward pass, or of any."""
@@ -158,14 +128,14 @@ class Graphs:
     def forward(self, step: _Step, x: torch.Tensor) -> torch.Tensor:
         self._pending = weakref.ref(step)
         self._x.copy_(x)
-        self._replay_forward()
+        self._forward.replay()
         return self._y.clone()
 
     def backward(self, y_grad: torch.Tensor) -> Tuple[Optional[torch.Tensor], Sequence[torch.Tensor]]:
         """ Gradients of the features and, flat, of the parameters, of the last forward pass."""
         self._pending = lambda: None
         self._y_grad.copy_(y_grad)
-        self._replay_backward()
+        self._backward.replay()
         grads = [grad.clone() for grad in self._grads]  # the next step overwrites them
         x_grad = grads.pop(0) if self._x.requires_grad else None
         return x_grad, grads[0].split(self._sizes) if grads else ()

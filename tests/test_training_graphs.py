@@ -8,12 +8,14 @@ import copy
 import gc
 import pickle
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from timm.utils import freeze
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from triton_device import DEVICE, HAS_CUDA, INTERPRETED, cuda, not_interpreted, run_interpreted, runs_kernels
 
@@ -42,23 +44,19 @@ def captures(monkeypatch):
     """ On a CPU, with graphs that are none."""
     captured, recorded = Captures(), []
 
-    class Recorder:
-        def warm_up(self, function):
-            function()
+    def capture(function, stream, pool):
+        buffers = list(recorded[-1].buffers())
+        before = [buffer.clone() for buffer in buffers]
+        outputs = function()
+        for buffer, value in zip(buffers, before):
+            buffer.data.copy_(value)  # CUDA's capture runs nothing
 
-        def record(self, function):
-            buffers = list(recorded[-1].buffers())
-            before = [buffer.clone() for buffer in buffers]
-            outputs = [output.detach() for output in function()]
-            for buffer, value in zip(buffers, before):
-                buffer.data.copy_(value)  # CUDA's capture runs nothing
+        def replay():
+            with torch.no_grad():
+                for output, value in zip(tree_leaves(outputs), tree_leaves(function())):
+                    output.detach().copy_(value)
 
-            def replay():
-                with torch.no_grad():
-                    for output, value in zip(outputs, function()):
-                        output.copy_(value)
-
-            return replay, outputs
+        return SimpleNamespace(replay=replay), outputs
 
     class Recorded(Graphs):
         def __init__(self, blocks, x):
@@ -71,7 +69,10 @@ def captures(monkeypatch):
             return super().forward(step, x)
 
     if not HAS_CUDA:
-        monkeypatch.setattr(training_graphs, '_Recorder', Recorder)
+        monkeypatch.setattr(training_graphs, 'warm_up', lambda function, stream: function())
+        monkeypatch.setattr(training_graphs, 'capture', capture)
+        monkeypatch.setattr(torch.cuda, 'Stream', lambda: None)
+        monkeypatch.setattr(torch.cuda, 'graph_pool_handle', lambda: None)
     if not HAS_CUDA and not INTERPRETED:
         monkeypatch.setattr(fused_training, '_INTERPRETED', True)
         monkeypatch.setattr(fused_training.kernels, 'check_launches', lambda device: None)
@@ -321,10 +322,10 @@ def test_compiled(captures):
 
 
 @runs_once
-@pytest.mark.parametrize('part', ['warm_up', 'record'][:1 if HAS_CUDA else 2])
+@pytest.mark.parametrize('part', ['warm_up', 'capture'][:1 if HAS_CUDA else 2])
 def test_capture_that_fails(captures, monkeypatch, part):
     """ An error that leaves the statistics as they were, and after which training goes on without graphs."""
-    def fail(self, function):
+    def fail(function, *args):
         function()
         raise RuntimeError('out of memory')
 
@@ -334,7 +335,7 @@ def test_capture_that_fails(captures, monkeypatch, part):
         _step(model, x)
     before = [buffer.clone() for buffer in graphed.blocks.buffers()]
     with monkeypatch.context() as patch:
-        patch.setattr(training_graphs._Recorder, part, fail)
+        patch.setattr(training_graphs, part, fail)
         with pytest.raises(RuntimeError, match='out of memory'):
             graphed(x)
     if part == 'warm_up':  # what stands for a capture on a CPU runs
