@@ -4,12 +4,12 @@
     python benchmarks/speed.py --help
 
 `plain` is benchmarks/plain.py (on CUDA in bf16 too), `created` the registered model, `compiled` that by torch.compile,
-`optimized` by `optimize_for_inference`, on CUDA `fused` by `fuse_for_training`, `fused graphs` with its CUDA graphs;
-ONNX Runtime and OpenVINO (extra `export`) run the plain model's graph. All have the same weights and images, take turns
-in one process, in turns of about a tenth of a second or more, and the median counts. Each model and task has a process
-of its own. On a CPU the memory that torch frees is `returned` to the system, as glibc does by itself, or `kept`, as
-under jemalloc: a form that needs less memory gains more by the first. bf16 is left out on a processor without
-instructions for it.
+`optimized` by `optimize_for_inference`, on a CPU `optimized compiled` with kernels of torch.compile, on CUDA `fused` by
+`fuse_for_training`, `fused graphs` with its CUDA graphs; ONNX Runtime and OpenVINO (extra `export`) run the plain
+model's graph. All have the same weights and images, take turns in one process, in turns of about a tenth of a second or
+more, and the median counts. Each model and task has a process of its own. On a CPU the memory that torch frees is
+`returned` to the system, as glibc does by itself, or `kept`, as under jemalloc: a form that needs less memory gains
+more by the first. bf16 is left out on a processor without instructions for it.
 """
 import argparse
 import copy
@@ -43,8 +43,8 @@ from splitmixer_timm.machine import has_bfloat16
 MODELS = [f'{name}_256_8_ks7_p7' for name in (
     'splitmixer_i', 'splitmixer_ii', 'splitmixer_iii', 'splitmixer_iv', 'convmixer')]
 INFERENCE = (
-    'plain', 'plain bf16', 'created', 'compiled', 'optimized', 'optimized bf16', 'ONNX Runtime', 'OpenVINO',
-    'OpenVINO bf16')
+    'plain', 'plain bf16', 'created', 'compiled', 'optimized', 'optimized bf16', 'optimized compiled',
+    'optimized compiled bf16', 'ONNX Runtime', 'OpenVINO', 'OpenVINO bf16')
 TRAINING = ('plain', 'created', 'compiled', 'fused', 'fused graphs')
 PACKAGES = ('onnxruntime', 'openvino')
 TURN = 0.1  # seconds
@@ -121,6 +121,11 @@ def inference_forms(
         yield 'optimized', lambda: optimize_for_inference(model)
         if computes_bfloat16(images.device):
             yield 'optimized bf16', lambda: optimize_for_inference(model, dtype=torch.bfloat16)
+        if images.device.type == 'cpu':  # on CUDA it has kernels in any case
+            yield 'optimized compiled', lambda: optimize_for_inference(model, compile=True)
+            if computes_bfloat16(images.device):
+                yield 'optimized compiled bf16', lambda: optimize_for_inference(
+                    model, dtype=torch.bfloat16, compile=True)
     if images.device.type == 'cpu' and find_spec('onnxscript'):
         if find_spec('onnxruntime'):
             yield 'ONNX Runtime', lambda: _session(plain, images)

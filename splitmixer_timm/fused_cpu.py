@@ -12,14 +12,16 @@ import torch.nn.functional as F
 from timm.layers import SelectAdaptivePool2d
 from torch import nn
 
+from .compiled_cpu import act_affine, compiled, spatial_mixing
 from .fused import FusedModel, Product, Unsupported, activation, check_supported, fold_affine, segments
 from .layers import is_everything_watched, is_watched
 from .machine import has_bfloat16
 from .splitmixer import PIECE_BYTES, SplitMixer, SplitMixerBlock
 
-__all__ = ['FusedSplitMixer', 'build']
+__all__ = ['CompiledSplitMixer', 'FusedSplitMixer', 'NotCompiled', 'build']
 
 Function = Callable[[torch.Tensor], torch.Tensor]
+Step = Tuple[Function, Optional[Function]]
 
 # types of pooling, dropout and classifier that take each image for itself
 ROW_WISE = (SelectAdaptivePool2d, nn.Dropout, nn.Linear, nn.Identity)
@@ -38,6 +40,10 @@ def _has_onednn(dtype: torch.dtype) -> bool:
 def _is_recorded() -> bool:
     """ Whether operations are recorded: compiled, traced, counted or run on fake tensors, which know no such layout."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+
+
+class NotCompiled(Unsupported):
+    """ A model that the fused form covers, but not the compiled one; the message says why."""
 
 
 _kept = 0  # bytes
@@ -321,6 +327,46 @@ class Block(nn.Module):
         return block
 
 
+class CompiledBlock(nn.Module):
+    """ A block on images (N, H, W, C) by compiled passes. What comes in and goes out lacks activation and norm."""
+
+    def __init__(self, block: SplitMixerBlock, dtype: torch.dtype):
+        super().__init__()
+        spatial, channel = block.spatial_mixing, block.channel_mixing
+        if not hasattr(spatial, 'conv2'):
+            raise NotCompiled('spatial mixing other than by 1 x k and k x 1 kernels')
+        if isinstance(channel, nn.Identity) or block.channel_residual:
+            raise NotCompiled('blocks without channel mixing, or with a residual around it')
+        self.spatial_residual = block.spatial_residual
+        self.acts = [activation(act) for act in (spatial.act1, spatial.act2, channel.act)]
+        for n in (1, 2):
+            conv = getattr(spatial, f'conv{n}')
+            self.register_buffer(f'weight{n}', conv.weight.detach().float().flatten(1).T.contiguous())
+            self.register_buffer(f'bias{n}', conv.bias.detach().to(torch.float32, copy=True))
+        self.norm1, self.norm2, self.norm = (
+            Affine(*fold_affine(norm)) for norm in (spatial.norm1, spatial.norm2, channel.norm))
+        dim = channel.norm.num_features
+        self.channel = nn.ModuleList(
+            _group(products, dtype, None) if _are_groups(products, dim) else Stage(products, dtype)
+            for products in segments(channel.mixer))
+
+    def prepare(self, onednn: bool, mix: Callable[..., torch.Tensor], norm: Affine, act: str) -> Function:
+        """ The block, given `spatial_mixing` and the norm and activation that its input lacks."""
+        stages, (act1, act2, _) = [stage.prepare(onednn) for stage in self.channel], self.acts
+        parts = (
+            norm.scale, norm.shift, act,
+            self.weight1, self.bias1, self.norm1.scale, self.norm1.shift, act1,
+            self.weight2, self.bias2, self.norm2.scale, self.norm2.shift, act2, self.spatial_residual)
+
+        def block(x: torch.Tensor) -> torch.Tensor:
+            x = mix(x, *parts)
+            for stage in stages:
+                x = stage(x)
+            return x
+
+        return block
+
+
 class FusedSplitMixer(FusedModel):
     """ A `SplitMixer` in eval mode for a CPU; `build` makes it.
 
@@ -329,26 +375,32 @@ class FusedSplitMixer(FusedModel):
         dtype: Data type of features and logits: fp32 or bf16.
         compute_dtype: Data type that stem and blocks compute in and have their weights in. Affines stay in fp32.
     """
+    block_type = Block
 
     def __init__(self, model: SplitMixer, dtype: torch.dtype, compute_dtype: torch.dtype):
         super().__init__(model, dtype, compute_dtype)
         conv, act, norm = model.stem
-        self.stem = Convolution(conv.weight, conv.bias, compute_dtype, stride=conv.stride, act=activation(act))
+        self.stem = self._embedding(conv, activation(act), compute_dtype)
         self.affine = Affine(*fold_affine(norm))
-        self.blocks = nn.Sequential(*(Block(block, compute_dtype) for block in model.blocks))
-        self._prepared: Optional[Tuple[List[Function], List[Tuple[Any, ...]]]] = None
+        self.blocks = nn.Sequential(*(self.block_type(block, compute_dtype) for block in model.blocks))
+        self._prepared: Optional[Tuple[List[Step], List[Tuple[Any, ...]]]] = None
         self.eval()
 
-    def _prepare(self, onednn: bool) -> List[Function]:
+    def _embedding(self, conv: nn.Conv2d, act: Optional[str], dtype: torch.dtype) -> Convolution:
+        return Convolution(conv.weight, conv.bias, dtype, stride=conv.stride, act=act)
+
+    def _prepare(self, is_recorded: bool) -> List[Step]:
+        """ Stem and blocks: what each does, and what completes its features for others than the next."""
+        onednn = not is_recorded and _has_onednn(self.compute_dtype)
         stem, affine = self.stem.prepare(onednn), self.affine.prepare()
 
         def embed(x: torch.Tensor) -> torch.Tensor:
             x = stem(x)
             return affine(x, x)
 
-        return [embed, *(block.prepare(onednn) for block in self.blocks)]
+        return [(function, None) for function in (embed, *(block.prepare(onednn) for block in self.blocks))]
 
-    def _functions(self) -> List[Function]:
+    def _functions(self) -> List[Step]:
         """ What runs, made anew where a tensor was changed, or a tensor or a module replaced."""
         prepared = self._prepared  # as other threads may replace it
         if prepared is None or any(
@@ -361,7 +413,7 @@ class FusedSplitMixer(FusedModel):
                 state += [
                     (module._buffers, name, tensor, None if tensor.is_inference() else tensor._version)
                     for name, tensor in module._buffers.items() if tensor is not None]
-            self._prepared = prepared = self._prepare(_has_onednn(self.compute_dtype)), state
+            self._prepared = prepared = self._prepare(is_recorded=False), state
         return prepared[0]
 
     def __getstate__(self) -> Dict[str, Any]:
@@ -385,14 +437,17 @@ class FusedSplitMixer(FusedModel):
         """ `_features` of the batch, a few images at a time."""
         self._check_input(x)
         is_recorded = _is_recorded()
-        embed, *blocks = self._prepare(False) if is_recorded else self._functions()
+        (embed, complete), *blocks = self._prepare(is_recorded) if is_recorded else self._functions()
         for piece in (x,) if is_recorded else self._split(x):
             piece = piece.permute(0, 2, 3, 1).to(self.compute_dtype, memory_format=torch.contiguous_format)
             piece, features = embed(piece), []
-            for i, block in enumerate(blocks[:depth]):
+            for i, (block, complete) in enumerate(blocks[:depth]):
                 piece = block(piece)
                 if i in taken:
-                    features.append(piece.clone())  # the next block may overwrite it
+                    # the next block may overwrite it
+                    features.append(piece.clone() if complete is None else complete(piece))
+            if complete is not None:
+                piece = complete(piece)
             yield [x.permute(0, 3, 1, 2).to(self.dtype) for x in (*features, piece)]
 
     @torch.autocast('cpu', enabled=False)
@@ -422,21 +477,49 @@ class FusedSplitMixer(FusedModel):
         return logits[0] if len(logits) == 1 else torch.cat(logits)
 
 
+class CompiledSplitMixer(FusedSplitMixer):
+    """ The form that `torch.compile` makes kernels for. A block's activation and norm are done by the next one."""
+    block_type = CompiledBlock
+
+    def _embedding(self, conv: nn.Conv2d, act: str, dtype: torch.dtype) -> Convolution:
+        self.act = act
+        return super()._embedding(conv, None, dtype)
+
+    def _prepare(self, is_recorded: bool) -> List[Step]:
+        onednn = not is_recorded and _has_onednn(self.compute_dtype)
+        mix, complete = (f if is_recorded else compiled(f) for f in (spatial_mixing, act_affine))
+
+        def completion(norm: Affine, act: str) -> Function:
+            scale, shift = norm.scale, norm.shift
+            return lambda x: complete(x, scale, shift, act)
+
+        norm, act = self.affine, self.act
+        steps = [(self.stem.prepare(onednn), completion(norm, act))]
+        for block in self.blocks:
+            function = block.prepare(onednn, mix, norm, act)
+            norm, act = block.norm, block.acts[-1]
+            steps.append((function, completion(norm, act)))
+        return steps
+
+
 @torch.inference_mode(False)  # tensors of inference mode do not tell that they were changed
-def build(model: SplitMixer, dtype: torch.dtype) -> FusedSplitMixer:
+def build(model: SplitMixer, dtype: torch.dtype, compile: bool = False) -> FusedSplitMixer:
     """ Fused form of a model in eval mode on a CPU; the model stays as it is.
 
     Args:
         model: The model.
         dtype: Data type of features and logits: fp32, or bf16, which is also what it computes in where the processor
             has that.
+        compile: Whether `torch.compile` makes its kernels.
 
     Raises:
-        Unsupported: If the model or `dtype` is not covered; the message says why.
+        Unsupported: If the model or `dtype` is not covered, `NotCompiled` if it is without `compile`; the message says
+            why.
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise Unsupported(f'{dtype} on a CPU')
     check_supported(model)
-    fused = FusedSplitMixer(model, dtype, dtype if has_bfloat16() else torch.float32)
+    form = CompiledSplitMixer if compile else FusedSplitMixer
+    fused = form(model, dtype, dtype if has_bfloat16() else torch.float32)
     fused._functions()  # now, not at the first call
     return fused

@@ -12,14 +12,14 @@ from collections import OrderedDict
 import pytest
 import timm
 import torch
-from conftest import KINDS, SPLITMIXERS
+from conftest import INDUCTOR, KINDS, SPLITMIXERS
 from reference import randomize
 from timm.utils import freeze
 from torch import nn
 from torch.nn.utils import prune
 
-from splitmixer_timm import SplitMixer, fused_cpu, optimize_for_inference
-from splitmixer_timm.fused_cpu import FusedSplitMixer
+from splitmixer_timm import SplitMixer, compiled_cpu, fused_cpu, optimize_for_inference
+from splitmixer_timm.fused_cpu import CompiledSplitMixer, FusedSplitMixer
 
 # one of each way that a block can be built
 OPTIONS = {
@@ -211,6 +211,140 @@ class TestSameOutputs:
         fused = optimize_for_inference(model)
         assert isinstance(fused, FusedSplitMixer)
         assert difference(fused, model, images) < 1e-5
+
+
+# where torch.compile makes no kernels
+NOT_COMPILED = ('2d', 'no spatial mixing', 'no channel mixing', 'channel residual')
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """ The passes that are compiled as they are written, without a compiler, which would take seconds for each test."""
+    monkeypatch.setattr(fused_cpu, 'compiled', lambda function: function)
+
+
+class TestCompile:
+    """ `compile=True`: kernels of torch.compile between the products. """
+
+    @pytest.mark.parametrize('name', SPLITMIXERS)
+    def test_registered(self, name, eager, bfloat16):
+        model = randomize(timm.create_model(name, depth=3, num_classes=11))
+        fused = optimize_for_inference(model, compile=True)
+        assert isinstance(fused, CompiledSplitMixer)
+        images = torch.randn(2, 3, 45, 31)
+        assert difference(fused, model, images) < 1e-5
+        half = optimize_for_inference(model, dtype=torch.bfloat16, compile=True)
+        assert 1e-5 < difference(half, model, images) < 0.015
+
+    @pytest.mark.parametrize('option', [option for option in OPTIONS if option not in NOT_COMPILED])
+    def test_options(self, option, eager, bfloat16):
+        model = build(**OPTIONS[option])
+        fused = optimize_for_inference(model, compile=True)
+        assert isinstance(fused, CompiledSplitMixer)
+        images = torch.randn(3, model.in_chans, 15, 18)
+        assert difference(fused, model, images) < 1e-5
+        assert difference(fused.forward_features, model.forward_features, images) < 1e-5
+        half = optimize_for_inference(model, dtype=torch.bfloat16, compile=True)
+        assert half.compute_dtype == torch.bfloat16
+        assert 1e-5 < difference(half, model, images) < 0.015
+
+    @pytest.mark.parametrize('option', NOT_COMPILED)
+    def test_not_compiled(self, option, images):
+        model = build(**OPTIONS[option])
+        with pytest.warns(UserWarning, match='compiles nothing for (spatial mixing other|blocks without channel)'):
+            fused = optimize_for_inference(model, compile=True)
+        assert type(fused) is FusedSplitMixer
+        assert difference(fused, model, images) < 1e-5
+
+    def test_no_faster_form(self, images):
+        model = build(act_layer='silu')
+        with pytest.warns(UserWarning, match='no faster form for activation SiLU'):
+            assert type(optimize_for_inference(model, compile=True)) is SplitMixer
+
+    @pytest.mark.parametrize('height', [1, 2, 3, 5, 10])
+    @pytest.mark.parametrize('kernel_size', [1, 2, 3, 4, 9])
+    def test_borders(self, kernel_size, height, eager):
+        model = build(kernel_size=kernel_size, patch_size=1)
+        images = torch.randn(1, 3, height, 6)
+        assert difference(optimize_for_inference(model, compile=True), model, images) < 1e-5
+        assert difference(optimize_for_inference(model, compile=True), model, images.mT.contiguous()) < 1e-5
+
+    @pytest.mark.parametrize('kind', ['i', 'iv', 'v'])
+    def test_intermediates(self, kind, eager, images, monkeypatch):
+        """ Completed for whoever takes them, while the next block goes on with what is not; in pieces of an image."""
+        monkeypatch.setattr(fused_cpu, 'PIECE_BYTES', 1)
+        model = build(channel_mixing=kind)
+        fused = optimize_for_inference(model, compile=True)
+        with torch.no_grad():
+            for indices, stop_early in (([0, 1, 2], False), ([0], True), (2, False)):
+                expected = model.forward_intermediates(images, indices, stop_early=stop_early)
+                actual = fused.forward_intermediates(images, indices, stop_early=stop_early)
+                torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(fused.forward_head(actual[0]), model.forward_head(expected[0]))
+
+    @pytest.mark.parametrize('kind', ['i', 'iv'])
+    def test_loads_weights(self, kind, eager, images):
+        one, other = (
+            optimize_for_inference(randomize(build(channel_mixing=kind), seed=seed), compile=True) for seed in (1, 2))
+        assert not torch.equal(one(images), other(images))
+        one.load_state_dict(other.state_dict())
+        assert torch.equal(one(images), other(images))
+        assert torch.equal(copy.deepcopy(one)(images), one(images))
+
+    def test_model_is_left_alone(self, eager, images):
+        model = build()
+        state = copy.deepcopy(model.state_dict())
+        fused = optimize_for_inference(model, compile=True)
+        fused(images)
+        for tensor in (*fused.parameters(), *fused.buffers()):
+            tensor.zero_()
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+    @pytest.mark.parametrize('kind', ['i', 'iii', 'iv'])
+    def test_traced_and_exported(self, kind, eager, images):
+        fused = optimize_for_inference(build(channel_mixing=kind), compile=True)
+        dims = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+        exported = torch.export.export(fused, (images,), dynamic_shapes=(dims,)).module()
+        for same in (torch.jit.trace(fused, images[:1]), exported):
+            torch.testing.assert_close(same(images), fused(images), rtol=1e-5, atol=1e-6)
+
+    def test_gelu(self):
+        """ Nearly as exact as torch's (1.5e-7), on both sides of where erf is cut off."""
+        x = torch.linspace(-40, 40, 800_001)
+        exact = nn.functional.gelu(x.double())
+        assert ((compiled_cpu._activate(x, 'gelu') - exact).abs() <= 2.5e-7 * x.abs().clamp(min=1)).all()
+        assert compiled_cpu._activate(torch.tensor([-0., torch.nan, torch.inf]), 'gelu').isnan().tolist() == [
+            False, True, False]
+
+    @INDUCTOR
+    @pytest.mark.compile
+    def test_kernels(self, images):
+        """ With the compiler: all batches and sizes, in and out of inference mode, and for the next model too."""
+        torch.compiler.reset()
+        for kind in ('i', 'iii'):
+            model = build(channel_mixing=kind)
+            fused = optimize_for_inference(model, compile=True)
+            for size in ((1, 3, 16, 16), (3, 3, 16, 16), (2, 3, 19, 30), (1, 3, 40, 14)):
+                assert difference(fused, model, torch.randn(size)) < 1e-5
+            with torch.inference_mode():
+                assert difference(fused, model, images) < 1e-5
+        counters = torch._dynamo.utils.counters
+        assert not counters['graph_break']
+        assert not any('recompile_limit' in reason for reason in counters['unimplemented'])
+
+    @INDUCTOR
+    @pytest.mark.compile
+    def test_passes(self):
+        """ The compiler computes no activation anew, and goes through memory for each and for each convolution."""
+        torch.compiler.reset()
+        x, vector = torch.randn(2, 12, 10, 32), torch.randn(32)
+        norm = (vector, vector)
+        conv = (torch.randn(7, 32), vector, *norm, 'gelu')
+        with torch.no_grad():
+            _, (code,) = torch._inductor.utils.run_and_get_code(
+                compiled_cpu.compiled(compiled_cpu.spatial_mixing), x, *norm, 'gelu', *conv, *conv, True)
+        assert code.count(f'static_cast<float>({compiled_cpu.BOUND})') == 3
+        assert code.count('for(int64_t x0=') <= 5
 
 
 class TestInterface:

@@ -118,7 +118,7 @@ def test_inference(results, monkeypatch, capsys, has_bfloat16):
     assert ('no instructions for bf16' in capsys.readouterr().err) != has_bfloat16
     onnx = find_spec('onnxscript') and find_spec('onnxruntime')
     absent = ['plain bf16', *(('OpenVINO', 'OpenVINO bf16') if onnx else OTHERS)]
-    absent += [] if has_bfloat16 else ['optimized bf16']
+    absent += [] if has_bfloat16 else ['optimized bf16', 'optimized compiled bf16']
     forms = [form for form in speed.INFERENCE if form not in absent]
     assert [(row['batch_size'], row['form']) for row in rows] == [(size, form) for size in '21' for form in forms]
     for row in rows:
@@ -128,7 +128,7 @@ def test_inference(results, monkeypatch, capsys, has_bfloat16):
     text = report.forms_tables()
     assert 'inference, fp32 but where said otherwise, batch 2, memory returned' in text
     assert text.count('| `splitmixer_i_256_8` |') == 2
-    assert ('optimized bf16' in text) == has_bfloat16
+    assert ('optimized bf16' in text) == ('optimized compiled bf16' in text) == has_bfloat16
 
 
 @pytest.mark.skipif(not find_spec('onnxscript') or not find_spec('openvino'), reason='needs onnxscript and openvino')
@@ -158,7 +158,9 @@ def test_memory(results, monkeypatch):
     assert [row['memory'] for row in rows] == ['returned'] * len(rows[::2]) + ['kept'] * len(rows[::2])
     table = [line.split('|')[1:-1] for line in report.gains_tables().splitlines() if line.startswith('|')]
     assert table[0][0].strip().endswith('batch 2, memory returned / kept')
-    forms = ['plain (img/s)', 'created', 'compiled', 'optimized', *(['optimized bf16'] if has_bfloat16() else [])]
+    half = has_bfloat16()
+    forms = ['plain (img/s)', 'created', 'compiled', 'optimized', *(['optimized bf16'] if half else [])]
+    forms += ['optimized compiled', *(['optimized compiled bf16'] if half else [])]
     assert [cell.strip() for cell in table[0][1:]] == forms
     by_key = {(row['memory'], row['form']): float(row['seconds']) for row in rows if row['batch_size'] == '2'}
     expected = ' / '.join(
@@ -249,7 +251,8 @@ def test_a_form_that_fails_is_recorded(results, monkeypatch):
     status, rows = results('--models', 'splitmixer_i_256_8', '--tasks', 'infer')
     assert status == 1
     failed = [row for row in rows if row['error']]
-    assert {row['form'] for row in failed} == {'optimized', *(['optimized bf16'] if has_bfloat16() else [])}
+    assert {row['form'] for row in failed} == {
+        form for form in speed.INFERENCE if form.startswith('optimized') and (has_bfloat16() or 'bf16' not in form)}
     assert failed[0]['error'] == 'RuntimeError: no such form'
     assert 'failed' in report.forms_tables()
 

@@ -5,16 +5,12 @@ compilers and exporters on a narrow model of each type of channel mixing. timm's
 by test_timm_suite.py. Its tests of intermediates go by a list of timm's modules, so they are written again here.
 """
 import io
-import os
-import shutil
-import sysconfig
 import warnings
-from pathlib import Path
 
 import pytest
 import timm
 import torch
-from conftest import BASELINES, KINDS, SPLITMIXERS
+from conftest import BASELINES, INDUCTOR, KINDS, SPLITMIXERS
 from timm.models import FeatureInfo, group_parameters
 from timm.models._features import FeatureGetterNet
 from timm.optim import create_optimizer_v2
@@ -24,9 +20,6 @@ from splitmixer_timm.complexity import measure_activation_bytes
 
 ALL_MODELS = [*SPLITMIXERS, *BASELINES]
 ALL_DIMS = {name: int(name.split('_')[1 if name.startswith('conv') else 2]) for name in ALL_MODELS}
-INDUCTOR = pytest.mark.skipif(
-    not (shutil.which(os.environ.get('CXX', 'g++')) and Path(sysconfig.get_path('include'), 'Python.h').is_file()),
-    reason="torch's inductor needs a C++ compiler and Python's headers")
 
 
 def small(name, **kwargs):
