@@ -47,11 +47,10 @@ def optimize_for_inference(
     compiles them, measures how to run them (for batches up to a power of two alike) and captures a CUDA graph, which
     takes up to seconds, then replays it.
 
-    With `compile`, on a CPU, `torch.compile` makes kernels of what lies between the products, each one pass through
-    memory: 1.2 to 1.4 times as fast where that was measured. It needs a C++ compiler. The first call takes seconds,
-    since kernels are made then, as do the first with more or fewer images and with another size. This covers spatial
-    mixing by 1 x k and k x 1 kernels and channel mixing without a residual; otherwise a warning says that it is left
-    out.
+    With `compile`, on a CPU, `torch.compile` makes kernels of what lies between the products, which needs a C++
+    compiler: 1.2 to 1.5 times as fast where that was measured. The first call takes seconds, since they are made then,
+    as do the first with more or fewer images and the first with another size. This covers spatial mixing by 1 x k and
+    k x 1 kernels and channel mixing without a residual; otherwise a warning says that it is left out.
 
     The new module takes images as the model does and has its `forward`, `forward_features`, `forward_intermediates`,
     `forward_head`, `get_classifier`, `num_classes`, `num_features`, `feature_info`, `pretrained_cfg` and `default_cfg`.

@@ -30,9 +30,10 @@ SLOW = (
     'test_accuracy.py', 'test_timm_suite.py', 'test_oldest_client.py', 'test_fused_training.py', 'test_kernels.py',
     'test_package.py', 'test_complexity_tables.py')
 
+HAS_COMPILER = bool(
+    shutil.which(os.environ.get('CXX', 'g++')) and Path(sysconfig.get_path('include'), 'Python.h').is_file())
 INDUCTOR = pytest.mark.skipif(
-    not (shutil.which(os.environ.get('CXX', 'g++')) and Path(sysconfig.get_path('include'), 'Python.h').is_file()),
-    reason="torch's inductor needs a C++ compiler and Python's headers")
+    not HAS_COMPILER, reason="torch's inductor needs a C++ compiler and Python's headers")
 # what takes minutes where every product in bf16 is computed one by one
 BF16 = pytest.param(
     'bf16', marks=pytest.mark.skipif(not has_bfloat16(), reason='needs a processor that computes in bf16'))

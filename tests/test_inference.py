@@ -180,6 +180,16 @@ class TestSameOutputs:
         model = build(channel_mixing=kind)
         assert difference(optimize_for_inference(model), model, images) < 1e-5
 
+    @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason='needs MKL')
+    @pytest.mark.skipif(not fused_cpu._has_onednn(torch.float32), reason='needs oneDNN on x86')
+    @pytest.mark.parametrize('processor', ['AVX2', 'AVX512'])
+    @pytest.mark.parametrize('kind', KINDS)
+    def test_products_of_each_processor(self, kind, processor, images, monkeypatch):
+        """ Of MKL, where the channels lie, and of oneDNN."""
+        monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: processor)
+        model = build(50, channel_mixing=kind)
+        assert difference(optimize_for_inference(model), model, images) < 1e-5
+
     def test_model_in_bfloat16(self, images, bfloat16):
         model = build()
         fused = optimize_for_inference(copy.deepcopy(model).to(torch.bfloat16))
@@ -439,15 +449,20 @@ class TestInterface:
         assert torch.equal(fused(images), copy.deepcopy(fused)(images))
 
     @pytest.mark.skipif(not fused_cpu._has_onednn(torch.float32), reason='needs oneDNN on x86')
+    @pytest.mark.parametrize('processor', ['AVX2', 'AVX512'])
     @pytest.mark.parametrize(('kind', 'linears', 'convs'), [('i', 1, 2), ('iii', 0, 3), ('iv', 0, 3), ('v', 2, 2)])
-    def test_prepared(self, kind, linears, convs, images):
-        """ oneDNN's operations, on weights that no call lays out again; types III and IV are one convolution each."""
+    def test_prepared(self, kind, linears, convs, processor, images, monkeypatch):
+        """ oneDNN's operations, on weights that no call lays out again; types III and IV are one convolution each. With
+        AVX2 products are MKL's, where there is one."""
+        monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: processor)
         fused = optimize_for_inference(build(channel_mixing=kind))
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             fused(images)
         names = [event.name for event in profile.events()]
         assert names.count('mkldnn::_convolution_pointwise') == 1 + 3 * convs
-        assert names.count('mkldnn::_linear_pointwise') == 3 * linears
+        of_mkl = processor == 'AVX2' and torch.backends.mkl.is_available()
+        assert names.count('mkldnn::_linear_pointwise') == (0 if of_mkl else 3 * linears)
+        assert names.count('aten::addmm') == 1 + (3 * linears if of_mkl else 0)  # and the classifier
         assert not any('reorder' in name for name in names)
 
     @pytest.mark.parametrize('kind', ['i', 'iii', 'iv'])
