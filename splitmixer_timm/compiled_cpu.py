@@ -4,7 +4,9 @@ Given the layers themselves, the compiler leaves each depthwise convolution to a
 loops of its own, if it is told what to keep in memory, for whatever is read at k places it would compute k times.
 Features are (N, H, W, C); arithmetic is in fp32.
 """
-from typing import Callable
+from functools import cache
+from types import FunctionType
+from typing import Any, Callable, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +14,12 @@ import torch.nn.functional as F
 __all__ = ['act_affine', 'compiled', 'spatial_mixing']
 
 OPTIONS = {
-    'cpp.dynamic_threads': True,  # as many threads as torch.set_num_threads says, whenever it says so
+    'cpp.dynamic_threads': True,  # torch 2.11 takes kernels from its cache that were made for more or fewer threads
     'cpp.enable_floating_point_contract_flag': 'fast',  # multiplies and adds in one instruction
 }
 
 # erf(x / sqrt(2)) = x P(x * x) / Q(x * x) up to BOUND, from where it is 1 in fp32: a minimax fit of degree 5 over 5,
-# within 1.6e-8. torch's erf would take most of the time.
+# within 1.8e-8. torch's erf would take most of the time.
 BOUND = 3.92 * 2**0.5
 P = (0.797884458, 0.0681526419, 0.00937987411, 0.000341918009, 1.27049667e-05, 4.49617059e-08)
 Q = (1., 0.252082503, 0.0287712306, 0.00189654506, 7.42577586e-05, 1.18970938e-06)
@@ -36,7 +38,8 @@ def _activate(x: torch.Tensor, act: str) -> torch.Tensor:
 
 def _in_memory(x: torch.Tensor) -> torch.Tensor:
     """ The same, which the compiler writes to memory: nothing else has strides."""
-    return x.as_strided(x.shape, x.stride())
+    # a trace would keep them as numbers, which are wrong for another size
+    return x.as_strided(x.shape, x.stride()) if torch.compiler.is_dynamo_compiling() else x
 
 
 def _depthwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dim: int) -> torch.Tensor:
@@ -44,8 +47,8 @@ def _depthwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dim: i
     size, weights, out = x.shape[dim], weight.unbind(), bias
     before = (len(weights) - 1) // 2
     x = F.pad(x, [0, 0] * (3 - dim) + [before, len(weights) - 1 - before]).float()
-    for i, weight in enumerate(weights):
-        out = out + x.narrow(dim, i, size) * weight
+    for i, row in enumerate(weights):
+        out = out + x.narrow(dim, i, size) * row
     return _in_memory(out)
 
 
@@ -97,9 +100,22 @@ def spatial_mixing(
     return (x + y if is_residual else y).to(x.dtype)
 
 
-def compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """ One of the passes as a kernel: made at the first call, then again for all sizes at the first call with another.
+@cache
+def _copy(function: Callable[..., torch.Tensor], key: Tuple[Any, ...]) -> Callable[..., torch.Tensor]:
+    code = function.__code__.replace(co_name=f'{function.__name__}{key}')
+    return FunctionType(code, function.__globals__)
 
-    All models with the same shapes share it.
+
+def compiled(function: Callable[..., torch.Tensor], *key: Any) -> Callable[..., torch.Tensor]:
+    """ One of the passes as a kernel, which all models share that have the same key.
+
+    It is made at the first call, and made again for any number of images when that changes, for one image, for any size
+    when that changes, in inference mode, and for another number of threads.
+
+    Args:
+        function: The pass.
+        key: What beside the size of batch and images makes another kernel. Of one code, torch makes eight kernels at
+            most, and makes variables of what differs between models, their width for one.
     """
-    return torch.compile(function, options=OPTIONS)
+    passes = [torch.compile(_copy(function, (*key, is_inference)), options=OPTIONS) for is_inference in (False, True)]
+    return lambda *args: passes[torch.is_inference_mode_enabled()](*args)

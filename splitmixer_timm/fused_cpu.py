@@ -359,16 +359,19 @@ class CompiledBlock(nn.Module):
             _group(products, dtype, None) if _are_groups(products, dim) else Stage(products, dtype)
             for products in segments(channel.mixer))
 
-    def prepare(self, onednn: bool, mix: Callable[..., torch.Tensor], norm: Affine, act: str) -> Function:
-        """ The block, given `spatial_mixing` and the norm and activation that its input lacks."""
-        stages, (act1, act2, _) = [stage.prepare(onednn) for stage in self.channel], self.acts
+    def prepare(self, is_recorded: bool, dtype: torch.dtype, norm: Affine, act: str) -> Function:
+        """ The block, given the data type of its input and the norm and activation that this lacks."""
+        onednn, (act1, act2, _) = not is_recorded and _has_onednn(dtype), self.acts
+        stages, mix = [stage.prepare(onednn) for stage in self.channel], spatial_mixing
+        if not is_recorded:
+            mix = compiled(mix, *self.weight1.shape, act, *self.acts, self.spatial_residual, dtype)
         parts = (
             norm.scale, norm.shift, act,
             self.weight1, self.bias1, self.norm1.scale, self.norm1.shift, act1,
             self.weight2, self.bias2, self.norm2.scale, self.norm2.shift, act2, self.spatial_residual)
 
         def block(x: torch.Tensor) -> torch.Tensor:
-            x = mix(x, *parts)
+            x = mix(x.detach(), *parts)  # for a view there would be another kernel
             for stage in stages:
                 x = stage(x)
             return x
@@ -495,17 +498,18 @@ class CompiledSplitMixer(FusedSplitMixer):
         return super()._embedding(conv, None, dtype)
 
     def _prepare(self, is_recorded: bool) -> List[Step]:
-        onednn = not is_recorded and _has_onednn(self.compute_dtype)
-        mix, complete = (f if is_recorded else compiled(f) for f in (spatial_mixing, act_affine))
+        dtype = self.compute_dtype
 
         def completion(norm: Affine, act: str) -> Function:
-            scale, shift = norm.scale, norm.shift
-            return lambda x: complete(x, scale, shift, act)
+            scale, shift, complete = norm.scale, norm.shift, act_affine
+            if not is_recorded:
+                complete = compiled(complete, len(scale), act, dtype)
+            return lambda x: complete(x.detach(), scale, shift, act)
 
         norm, act = self.affine, self.act
-        steps = [(self.stem.prepare(onednn), completion(norm, act))]
+        steps = [(self.stem.prepare(not is_recorded and _has_onednn(dtype)), completion(norm, act))]
         for block in self.blocks:
-            function = block.prepare(onednn, mix, norm, act)
+            function = block.prepare(is_recorded, dtype, norm, act)
             norm, act = block.norm, block.acts[-1]
             steps.append((function, completion(norm, act)))
         return steps

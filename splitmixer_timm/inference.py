@@ -48,9 +48,10 @@ def optimize_for_inference(
     takes up to seconds, then replays it.
 
     With `compile`, on a CPU, `torch.compile` makes kernels of what lies between the products, which needs a C++
-    compiler: 1.2 to 1.5 times as fast where that was measured. The first call takes seconds, since they are made then,
-    as do the first with more or fewer images and the first with another size. This covers spatial mixing by 1 x k and
-    k x 1 kernels and channel mixing without a residual; otherwise a warning says that it is left out.
+    compiler; without one, torch's error is raised by each call. On a processor with AVX2 that was 1.2 to 1.5 times as
+    fast. The first call takes seconds, since kernels are made then, as do the first with more or fewer images, with
+    another size, in inference mode and with another number of threads. This covers spatial mixing by 1 x k and k x 1
+    kernels and channel mixing without a residual; otherwise a warning says that it is left out.
 
     The new module takes images as the model does and has its `forward`, `forward_features`, `forward_intermediates`,
     `forward_head`, `get_classifier`, `num_classes`, `num_features`, `feature_info`, `pretrained_cfg` and `default_cfg`.
@@ -76,8 +77,6 @@ def optimize_for_inference(
     Raises:
         TypeError: If `model` is not a `SplitMixer`, or `dtype` not a floating point type.
         ValueError: If the model is in train mode.
-
-    With `compile`, the new module's calls raise torch's error if there is no C++ compiler.
     """
     if not isinstance(model, SplitMixer):
         raise TypeError(f'model must be a splitmixer_timm.SplitMixer, got {type(model).__name__}.')
