@@ -36,7 +36,7 @@ class Compared(nn.Module):
 
     def forward(self, images):
         expected = self.model(images)
-        for fast in self.fast:
+        for fast in self.fast if self.seen < 2_000 else self.fast[:1]:
             logits = fast(images)
             assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
             assert torch.equal(logits.argmax(1), expected.argmax(1))
@@ -48,8 +48,8 @@ class Compared(nn.Module):
 
 def test_whole_official_test_set(test_set, monkeypatch):
     """ The first weights' top-1 and top-5 on all 10,000 images are those of the manifest. `optimize_for_inference` has
-    the same answers, compiled or not, and all but the same logits; in bf16, where the processor computes in it, 99.5 %
-    of the same."""
+    the same answers, its compiled form to the first 2,000, and all but the same logits; in bf16, where the processor
+    computes in it, 99.5 % of the same."""
     compared = []
 
     def create_model(name, pretrained):
