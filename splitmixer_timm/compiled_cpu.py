@@ -19,7 +19,7 @@ OPTIONS = {
 }
 
 # erf(x / sqrt(2)) = x P(x * x) / Q(x * x) up to BOUND, from where it is 1 in fp32: a minimax fit of degree 5 over 5,
-# within 1.8e-8. torch's erf would take most of the time.
+# within 1.8e-8, with less arithmetic than torch's.
 BOUND = 3.92 * 2**0.5
 P = (0.797884458, 0.0681526419, 0.00937987411, 0.000341918009, 1.27049667e-05, 4.49617059e-08)
 Q = (1., 0.252082503, 0.0287712306, 0.00189654506, 7.42577586e-05, 1.18970938e-06)

@@ -38,8 +38,8 @@ def _has_onednn(dtype: torch.dtype) -> bool:
 
 
 def _multiplies_in_place(dtype: torch.dtype) -> bool:
-    """ Whether MKL multiplies channels where they lie among others faster than oneDNN, which copies them together."""
-    is_avx2 = torch.backends.cpu.get_cpu_capability() == 'AVX2'  # with AVX-512 it was not measured
+    """ Whether MKL multiplies channels where they lie among others, which oneDNN would copy together first."""
+    is_avx2 = torch.backends.cpu.get_cpu_capability() == 'AVX2'  # with AVX-512 it was not tried
     return is_avx2 and dtype == torch.float32 and torch.backends.mkl.is_available()
 
 
@@ -346,29 +346,41 @@ class CompiledBlock(nn.Module):
             raise NotCompiled('spatial mixing other than by 1 x k and k x 1 kernels')
         if isinstance(channel, nn.Identity) or block.channel_residual:
             raise NotCompiled('blocks without channel mixing, or with a residual around it')
-        self.spatial_residual = block.spatial_residual
-        self.acts = [activation(act) for act in (spatial.act1, spatial.act2, channel.act)]
-        for n in (1, 2):
-            conv = getattr(spatial, f'conv{n}')
+        self.dtype, self.spatial_residual = dtype, block.spatial_residual
+        self.act1, self.act2, self.act = (activation(act) for act in (spatial.act1, spatial.act2, channel.act))
+        for n, conv, norm in ((1, spatial.conv1, spatial.norm1), (2, spatial.conv2, spatial.norm2)):
             self.register_buffer(f'weight{n}', conv.weight.detach().float().flatten(1).T.contiguous())
             self.register_buffer(f'bias{n}', conv.bias.detach().to(torch.float32, copy=True))
-        self.norm1, self.norm2, self.norm = (
-            Affine(*fold_affine(norm)) for norm in (spatial.norm1, spatial.norm2, channel.norm))
+            scale, shift = fold_affine(norm)
+            self.register_buffer(f'scale{n}', scale)
+            self.register_buffer(f'shift{n}', shift)
+        scale, shift = fold_affine(channel.norm)
+        self.register_buffer('scale', scale)
+        self.register_buffer('shift', shift)
         dim = channel.norm.num_features
         self.channel = nn.ModuleList(
             _group(products, dtype, None) if _are_groups(products, dim) else Stage(products, dtype)
             for products in segments(channel.mixer))
 
-    def prepare(self, is_recorded: bool, dtype: torch.dtype, norm: Affine, act: str) -> Function:
-        """ The block, given the data type of its input and the norm and activation that this lacks."""
-        onednn, (act1, act2, _) = not is_recorded and _has_onednn(dtype), self.acts
-        stages, mix = [stage.prepare(onednn) for stage in self.channel], spatial_mixing
-        if not is_recorded:
-            mix = compiled(mix, *self.weight1.shape, act, *self.acts, self.spatial_residual, dtype)
+    def prepare(
+            self,
+            onednn: bool,
+            kernel: Callable[..., Callable[..., torch.Tensor]],
+            last: Tuple[torch.Tensor, torch.Tensor, str],
+    ) -> Function:
+        """ The block.
+
+        Args:
+            onednn: Whether oneDNN computes the products.
+            kernel: Makes kernels of passes, as `compiled` does.
+            last: What the input lacks: scale and shift of a norm, and the activation before it.
+        """
+        stages = [stage.prepare(onednn) for stage in self.channel]
         parts = (
-            norm.scale, norm.shift, act,
-            self.weight1, self.bias1, self.norm1.scale, self.norm1.shift, act1,
-            self.weight2, self.bias2, self.norm2.scale, self.norm2.shift, act2, self.spatial_residual)
+            *last, self.weight1, self.bias1, self.scale1, self.shift1, self.act1,
+            self.weight2, self.bias2, self.scale2, self.shift2, self.act2, self.spatial_residual)
+        mix = kernel(
+            spatial_mixing, self.dtype, *self.weight1.shape, last[-1], self.act1, self.act2, self.spatial_residual)
 
         def block(x: torch.Tensor) -> torch.Tensor:
             x = mix(x.detach(), *parts)  # for a view there would be another kernel
@@ -392,14 +404,11 @@ class FusedSplitMixer(FusedModel):
     def __init__(self, model: SplitMixer, dtype: torch.dtype, compute_dtype: torch.dtype):
         super().__init__(model, dtype, compute_dtype)
         conv, act, norm = model.stem
-        self.stem = self._embedding(conv, activation(act), compute_dtype)
+        self.stem = Convolution(conv.weight, conv.bias, compute_dtype, stride=conv.stride, act=activation(act))
         self.affine = Affine(*fold_affine(norm))
         self.blocks = nn.Sequential(*(self.block_type(block, compute_dtype) for block in model.blocks))
         self._prepared: Optional[Tuple[List[Step], List[Tuple[Any, ...]]]] = None
         self.eval()
-
-    def _embedding(self, conv: nn.Conv2d, act: Optional[str], dtype: torch.dtype) -> Convolution:
-        return Convolution(conv.weight, conv.bias, dtype, stride=conv.stride, act=act)
 
     def _prepare(self, is_recorded: bool) -> List[Step]:
         """ Stem and blocks: what each does, and what completes its features for others than the next."""
@@ -493,25 +502,24 @@ class CompiledSplitMixer(FusedSplitMixer):
     """ The form that `torch.compile` makes kernels for. A block's activation and norm are done by the next one."""
     block_type = CompiledBlock
 
-    def _embedding(self, conv: nn.Conv2d, act: str, dtype: torch.dtype) -> Convolution:
-        self.act = act
-        return super()._embedding(conv, None, dtype)
+    def __init__(self, model: SplitMixer, dtype: torch.dtype, compute_dtype: torch.dtype):
+        super().__init__(model, dtype, compute_dtype)
+        self.act, self.stem.act = self.stem.act, None
 
     def _prepare(self, is_recorded: bool) -> List[Step]:
-        dtype = self.compute_dtype
+        onednn = not is_recorded and _has_onednn(self.compute_dtype)
+        kernel = (lambda function, *key: function) if is_recorded else compiled
 
-        def completion(norm: Affine, act: str) -> Function:
-            scale, shift, complete = norm.scale, norm.shift, act_affine
-            if not is_recorded:
-                complete = compiled(complete, len(scale), act, dtype)
+        def completion(scale: torch.Tensor, shift: torch.Tensor, act: str) -> Function:
+            complete = kernel(act_affine, self.compute_dtype, len(scale), act)
             return lambda x: complete(x.detach(), scale, shift, act)
 
-        norm, act = self.affine, self.act
-        steps = [(self.stem.prepare(not is_recorded and _has_onednn(dtype)), completion(norm, act))]
+        last = self.affine.scale, self.affine.shift, self.act
+        steps = [(self.stem.prepare(onednn), completion(*last))]
         for block in self.blocks:
-            function = block.prepare(is_recorded, dtype, norm, act)
-            norm, act = block.norm, block.acts[-1]
-            steps.append((function, completion(norm, act)))
+            function = block.prepare(onednn, kernel, last)
+            last = block.scale, block.shift, block.act
+            steps.append((function, completion(*last)))
         return steps
 
 

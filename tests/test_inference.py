@@ -325,6 +325,9 @@ class TestCompile:
         x = torch.linspace(-40, 40, 800_001)
         exact = nn.functional.gelu(x.double())
         assert ((compiled_cpu._activate(x, 'gelu') - exact).abs() <= 2.5e-7 * x.abs().clamp(min=1)).all()
+        bounded = x.double().clamp(-compiled_cpu.BOUND, compiled_cpu.BOUND)
+        p, q = (sum(c * bounded**(2 * i) for i, c in enumerate(row)) for row in (compiled_cpu.P, compiled_cpu.Q))
+        assert (bounded * p / q - torch.erf(x.double() / 2**0.5)).abs().max() < 1.8e-8 < 2**-24
         assert compiled_cpu._activate(torch.tensor([-0., torch.nan, torch.inf]), 'gelu').isnan().tolist() == [
             False, True, False]
 
@@ -349,6 +352,12 @@ class TestCompile:
             assert 0 < graphs <= 20
             compare(build(channel_mixing='iv'))
             assert counters['stats']['unique_graphs'] == graphs
+            # other widths have two each of their own, or torch would have made one of all
+            for more, dim in ((2, 32), (4, 40)):
+                model = build(dim)
+                assert difference(
+                    optimize_for_inference(model, compile=True), model, torch.randn(2, 3, 16, 16)) < 1e-5
+                assert counters['stats']['unique_graphs'] == graphs + more
         assert not counters['graph_break']
         half = optimize_for_inference(build(), dtype=torch.bfloat16, compile=True)
         assert 1e-5 < difference(half, build(), torch.randn(2, 3, 9, 8)) < 0.015
