@@ -3,17 +3,20 @@
 `TRITON_INTERPRET` counts at the definition of a kernel, and kernels so defined cannot be compiled: a test module's
 tests marked `runs_kernels` are run by `run_interpreted` in a second process, and on a GPU in the first as well.
 """
+import dataclasses
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
 
 triton = pytest.importorskip('triton')
+tl = pytest.importorskip('triton.language')
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 HAS_CUDA = torch.cuda.is_available() and not INTERPRETED
 DEVICE = 'cuda' if HAS_CUDA else 'cpu'
@@ -29,14 +32,22 @@ cuda = [pytest.mark.cuda, pytest.mark.skipif(not HAS_CUDA, reason='needs a GPU')
 if INTERPRETED:
     from triton.runtime import interpreter
 
-    patch_lang_tensor = interpreter._patch_lang_tensor
+    patch_lang, patch_lang_tensor = interpreter._patch_lang, interpreter._patch_lang_tensor
+    scope = SimpleNamespace(__globals__=dict(tl=tl, core=tl.core))  # what a kernel and all that it calls are written in
+
+    def _patch_lang(function):
+        # Triton does it again at each call of a function within a kernel, which would take a third of the time.
+        return patch_lang(scope) if tl.core.is_builtin(tl.load) else None
 
     def _patch_lang_tensor(tensor, *args):
         patch_lang_tensor(tensor, *args)
         # the interpreter of Triton 3.6 makes an int of an array with one element, which NumPy 2.5 refuses
         tensor.__index__ = lambda self: self.handle.data.item()
 
-    interpreter._patch_lang_tensor = _patch_lang_tensor
+    interpreter._patch_lang, interpreter._patch_lang_tensor = _patch_lang, _patch_lang_tensor
+    # Its check of integers takes as long as the rest, and without `debug`, which it does not set, asserts nothing.
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
 
 
 def run_interpreted(path):
