@@ -13,6 +13,7 @@ import csv
 import re
 import sys
 from fractions import Fraction
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean, stdev
@@ -27,7 +28,7 @@ from splitmixer_timm import convmixer, manifest, splitmixer
 from splitmixer_timm.benchmark import Results, Settings
 from splitmixer_timm.benchmark_report import markdown_table as table
 from splitmixer_timm.card import DATASETS, INTENDED_USE, LIMITS
-from splitmixer_timm.complexity import measure_complexity
+from splitmixer_timm.complexity import Complexity, measure_complexity
 from splitmixer_timm.paper import BASELINE, PEERS, TABLE3, TOP1, top1
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -341,14 +342,20 @@ def seeds_cell(entry: Dict[str, Any]) -> str:
     return f'{", ".join(seeds)}: {mean(seeds.values()):.2f} +- {stdev(seeds.values()):.2f}'
 
 
+@cache
+def complexity_of(name: str) -> Complexity:
+    """ Of a pretrained model, which more than one document lists."""
+    model = timm.create_model(name, device='meta')
+    return measure_complexity(model, model.pretrained_cfg['input_size'])
+
+
 def weights_table() -> str:
     """ What each pretrained model measured, beside the paper's figure."""
     rows = []
     for name, entry in sorted(manifest.entries().items()):
         paper = top1(name)
         mark = ' *' if DATASETS[entry['dataset']].paper else ''  # open what the paper's figure was measured on
-        model = timm.create_model(name, device='meta')
-        counts = measure_complexity(model, model.pretrained_cfg['input_size'])
+        counts = complexity_of(name)
         metrics, training = entry['metrics'], entry['training']
         rows.append([
             f'`{name}`', f'{metrics["top1"]:.2f}', f'{metrics["top5"]:.2f}', f'{paper:.2f}{mark}' if paper else '-',
