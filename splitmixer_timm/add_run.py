@@ -23,13 +23,13 @@ import runpy
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import timm
 import torch
 import yaml
-from matplotlib.figure import Figure
 from safetensors.torch import save
 from timm.data import resolve_data_config
 from timm.data.readers.reader_image_folder import find_images_and_targets
@@ -160,8 +160,16 @@ def check_images(folder: Path, dataset: str) -> int:
     return len(images)
 
 
+def need_matplotlib(parser: argparse.ArgumentParser) -> None:
+    """ End a program that would otherwise fail at the curves, after all else."""
+    if find_spec('matplotlib') is None:
+        parser.error("matplotlib draws the curves, and is not installed: pip install 'splitmixer-timm[bench]'")
+
+
 def plot_curves(rows: List[Dict[str, str]], title: str) -> bytes:
     """ Picture (PNG) of a run: loss and test accuracy by epoch."""
+    from matplotlib.figure import Figure
+
     epochs = [int(row['epoch']) + 1 for row in rows]
     figure = Figure(figsize=(8, 3), layout='constrained')
     loss, top1 = figure.subplots(1, 2)
@@ -379,6 +387,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument('--device', default='cpu', help='device to measure on (default: %(default)s)')
     parser.add_argument('--batch-size', type=positive, default=200, help='to measure with (default: %(default)s)')
     args = parser.parse_args(argv)
+    need_matplotlib(parser)
     try:
         entry = add_runs(**vars(args))
     except ValueError as e:

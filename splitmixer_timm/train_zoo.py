@@ -45,6 +45,7 @@ from .add_run import (
     count_images,
     latest_part,
     measuring,
+    need_matplotlib,
     planned_epochs,
     read_weights,
     timm_version,
@@ -561,6 +562,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         '--share-images', type=Path, metavar='DIR',
         help='have runs share the augmented images of an epoch, in a folder in memory (150 MB for each of CIFAR)')
     args = parser.parse_args(argv)
+    need_matplotlib(parser)
     if args.workers is None:
         args.workers = 0 if args.device.startswith('cpu') else 4
     if args.workers < 0:

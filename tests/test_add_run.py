@@ -325,6 +325,15 @@ def test_bad_requests(run, capsys, change, message):
     assert [path.name for path in run.weights.iterdir()] == ['manifest.json']
 
 
+def test_without_matplotlib(run, capsys, monkeypatch):
+    """ Told at once, not after the measurement."""
+    monkeypatch.setattr(add_run, 'find_spec', lambda name: None)
+    run.validate.unlink()
+    with pytest.raises(SystemExit):
+        run.add()
+    assert "pip install 'splitmixer-timm[bench]'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('name', ['splitmixer_ii_256_8', 'resnet18.cifar10', 'splitmixer_ii_256_8.', 'a/../b.cifar10'])
 def test_names(run, capsys, name):
     with pytest.raises(SystemExit):

@@ -678,6 +678,14 @@ def test_bad_requests(zoo, capsys, change, message):
     assert not (zoo.path / 'runs').exists()
 
 
+def test_without_matplotlib(zoo, capsys, monkeypatch):
+    monkeypatch.setattr('splitmixer_timm.add_run.find_spec', lambda name: None)
+    with pytest.raises(SystemExit):
+        zoo.run()
+    assert "pip install 'splitmixer-timm[bench]'" in capsys.readouterr().err
+    assert not (zoo.path / 'runs').exists()
+
+
 def test_the_zoos_own_queue(tmp_path):
     """ All of it can be read, and what is in it is a model with a recipe of its data set."""
     path = ROOT / 'weights' / 'queue.yaml'
