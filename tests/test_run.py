@@ -1,4 +1,5 @@
 """ `python -m splitmixer_timm.run`: scripts run as they are, with the models registered. """
+import csv
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from conftest import ROOT
 
 from splitmixer_timm.run import main
 
+SCRIPTS = os.environ.get('SPLITMIXER_TIMM_SCRIPTS')
 SCRIPT = """
 import sys, timm, helper
 print(__name__, sys.argv[1:], timm.is_model('splitmixer_i_256_8'), helper.VALUE)
@@ -58,6 +60,23 @@ def test_under_torchrun(script):
         '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', '-m', 'splitmixer_timm.run'))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("__main__ ['--epochs', '1'] True beside it") == 2
+
+
+@pytest.mark.skipif(
+    not SCRIPTS or not os.path.isfile(os.path.join(SCRIPTS, 'bulk_runner.py')),
+    reason="SPLITMIXER_TIMM_SCRIPTS does not name a folder with timm's bulk_runner.py")
+def test_bulk_runner(tmp_path):
+    """ Every process that it starts has the models, and its results are those of each."""
+    done = run(
+        os.path.join(SCRIPTS, 'bulk_runner.py'), '--model-list', 'splitmixer_ii*_256_8', '--results-file',
+        'results.csv', '--module', 'yes', 'splitmixer_timm.run', os.path.join(SCRIPTS, 'benchmark.py'), '--bench',
+        'inference', '--device', 'cpu', '--batch-size', 2, '--num-warm-iter', 1, '--num-bench-iter', 10, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / 'results.csv', newline='') as f:
+        rows = list(csv.DictReader(f))
+    assert [(row['model'], row['param_count']) for row in rows] == [
+        ('splitmixer_ii_256_8', '0.18'), ('splitmixer_iii_256_8', '0.18')]
+    assert all(float(row['infer_samples_per_sec']) > 0 for row in rows)
 
 
 @pytest.mark.parametrize('content', [b'not python {', b'\x00\xff\xfe', None])
