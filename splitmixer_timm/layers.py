@@ -151,7 +151,7 @@ def _axis_weight(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def _row_conv(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
     """ Depthwise 1 x k convolution with a gradient that is fast on a CPU too.
 
-    There the gradient of 1 x k weights takes many times that of k x 1 ones: every row becomes an image of width 1.
+    There the gradient of 1 x k weights is much slower than that of k x 1 ones: every row becomes an image of width 1.
     """
     N, C, H, W = x.shape
     if x.device.type != 'cpu' or not has_known_size(x):

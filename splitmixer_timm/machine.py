@@ -26,7 +26,7 @@ def full_precision() -> Iterator[None]:
 
 
 def has_bfloat16() -> bool:
-    """ Whether oneDNN computes in bf16 on this processor; elsewhere torch takes many times as long as in fp32."""
+    """ Whether oneDNN computes in bf16 on this processor; elsewhere torch is much slower than in fp32."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 

@@ -621,8 +621,8 @@ class SplitMixer(nn.Module):
     def _piece_size(self, x: torch.Tensor) -> int:
         """ Images that the blocks take at a time in inference on a CPU, 0 for all at once, by `forward`.
 
-        A few stay in its cache: whole batches are so large that most of the time goes to fetching memory. Only where
-        nothing can tell the difference.
+        A few stay in its cache, where a whole batch is fetched from memory by each layer. Only where nothing can tell
+        the difference.
         """
         if (
                 torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
