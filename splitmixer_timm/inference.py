@@ -48,7 +48,7 @@ def optimize_for_inference(
     takes up to seconds, then replays it.
 
     With `compile`, on a CPU, `torch.compile` makes kernels of what lies between the products, which needs a C++
-    compiler; without one, torch's error is raised by each call. On a processor with AVX2 that was 1.2 to 1.5 times as
+    compiler; without one, torch's error is raised by each call. On a processor with AVX2 that was 1.2 to 1.4 times as
     fast. The first call takes seconds, since kernels are made then, as do the first with more or fewer images, with
     another size, in inference mode and with another number of threads. This covers spatial mixing by 1 x k and k x 1
     kernels and channel mixing without a residual; otherwise a warning says that it is left out.
