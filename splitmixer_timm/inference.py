@@ -42,10 +42,9 @@ def optimize_for_inference(
     On a CPU the batch goes through the blocks a few images at a time, in memory that stays in the cache, updated in
     place; nothing is compiled. Weights are held twice, as they are and as oneDNN wants them. So that memory is not
     fetched from the system anew at each call, glibc is made to keep more of what is freed, up to 64 MiB in the process,
-    as after any large array. On CUDA (NVIDIA, of
-    compute capability 8.0 or more) Triton kernels replace the layers; the first call with a new size of images or batch
-    compiles them, measures how to run them (for batches up to a power of two alike) and captures a CUDA graph, which
-    takes up to seconds, then replays it.
+    as after any large array. On CUDA (NVIDIA, of compute capability 8.0 or more) Triton kernels replace the layers; the
+    first call with a new size of images or batch compiles them, measures how to run them (for batches up to a power of
+    two alike) and captures a CUDA graph, which takes up to seconds, then replays it.
 
     With `compile`, on a CPU, `torch.compile` makes kernels of what lies between the products, which needs a C++
     compiler; without one, torch's error is raised by each call. On a processor with AVX2 that was 1.2 to 1.4 times as
