@@ -16,7 +16,6 @@ import torch
 from conftest import ROOT
 
 triton = pytest.importorskip('triton')
-tl = pytest.importorskip('triton.language')
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 HAS_CUDA = torch.cuda.is_available() and not INTERPRETED
 DEVICE = 'cuda' if HAS_CUDA else 'cpu'
@@ -30,13 +29,14 @@ not_interpreted = pytest.mark.skipif(INTERPRETED, reason='not for the interprete
 cuda = [pytest.mark.cuda, pytest.mark.skipif(not HAS_CUDA, reason='needs a GPU')]
 
 if INTERPRETED:
+    from triton import language as tl
     from triton.runtime import interpreter
 
     patch_lang, patch_lang_tensor = interpreter._patch_lang, interpreter._patch_lang_tensor
     scope = SimpleNamespace(__globals__=dict(tl=tl, core=tl.core))  # what a kernel and all that it calls are written in
 
     def _patch_lang(function):
-        # Triton does it again at each call of a function within a kernel, which would take a third of the time.
+        # Triton does it again at each call of a function within a kernel, which takes long.
         return patch_lang(scope) if tl.core.is_builtin(tl.load) else None
 
     def _patch_lang_tensor(tensor, *args):
@@ -45,7 +45,7 @@ if INTERPRETED:
         tensor.__index__ = lambda self: self.handle.data.item()
 
     interpreter._patch_lang, interpreter._patch_lang_tensor = _patch_lang, _patch_lang_tensor
-    # Its check of integers takes as long as the rest, and without `debug`, which it does not set, asserts nothing.
+    # Its check of integers takes long, and without `debug`, which it does not set, asserts nothing.
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
 
