@@ -1,55 +1,33 @@
-""" Passes over the features of a SplitMixer on a CPU that `torch.compile` makes kernels of.
+""" What lies between the products of a SplitMixer on a CPU: in torch's operations, and as kernels in C++.
 
-Given the layers themselves, the compiler leaves each depthwise convolution to a library. Written as sums they become
-loops of its own, if it is told what to keep in memory, for whatever is read at k places it would compute k times.
-Features are (N, H, W, C); arithmetic is in fp32.
+cpu_kernels.cpp is compiled by what `torch.compile` has for its own kernels, for the processor at hand, and is kept in
+its cache. Features are (N, H, W, C); arithmetic is in fp32.
 """
+import ctypes
 from functools import cache
-from types import FunctionType
+from pathlib import Path
 from typing import Any, Callable, Tuple
 
 import torch
 import torch.nn.functional as F
 
-__all__ = ['act_affine', 'compiled', 'spatial_mixing']
+__all__ = [
+    'act_affine', 'act_affine_kernel', 'act_affine_mean_kernel', 'library', 'spatial_mixing', 'spatial_mixing_kernel']
 
-OPTIONS = {
-    'cpp.dynamic_threads': True,  # torch 2.11 takes kernels from its cache that were made for more or fewer threads
-    'cpp.enable_floating_point_contract_flag': 'fast',  # multiplies and adds in one instruction
-}
-
-# erf(x / sqrt(2)) = x P(x * x) / Q(x * x) up to BOUND, from where it is 1 in fp32: a minimax fit of degree 5 over 5,
-# within 1.8e-8, with less arithmetic than torch's.
-BOUND = 3.92 * 2**0.5
-P = (0.797884458, 0.0681526419, 0.00937987411, 0.000341918009, 1.27049667e-05, 4.49617059e-08)
-Q = (1., 0.252082503, 0.0287712306, 0.00189654506, 7.42577586e-05, 1.18970938e-06)
+SOURCE = Path(__file__).with_name('cpu_kernels.cpp')
 
 
 def _activate(x: torch.Tensor, act: str) -> torch.Tensor:
-    if act == 'relu':
-        return x.relu()
-    bounded, half = x.clamp(-BOUND, BOUND), x * 0.5
-    square = bounded * bounded
-    p, q = P[-1], Q[-1]
-    for a, b in zip(P[-2::-1], Q[-2::-1]):
-        p, q = p * square + a, q * square + b
-    return half * (bounded * p / q) + half
-
-
-def _in_memory(x: torch.Tensor) -> torch.Tensor:
-    """ The same, which the compiler writes to memory: nothing else has strides."""
-    # a trace would keep them as numbers, which are wrong for another size
-    return x.as_strided(x.shape, x.stride()) if torch.compiler.is_dynamo_compiling() else x
+    return F.gelu(x) if act == 'gelu' else x.relu()
 
 
 def _depthwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dim: int) -> torch.Tensor:
     """ Depthwise convolution of features (N, H, W, C) along a dimension, by weights (k, C) and biases (C,)."""
-    size, weights, out = x.shape[dim], weight.unbind(), bias
-    before = (len(weights) - 1) // 2
-    x = F.pad(x, [0, 0] * (3 - dim) + [before, len(weights) - 1 - before]).float()
-    for i, row in enumerate(weights):
-        out = out + x.narrow(dim, i, size) * row
-    return _in_memory(out)
+    k, C = weight.shape
+    before = (k - 1) // 2
+    x = F.pad(x, [0, 0] * (3 - dim) + [before, k - 1 - before])
+    weight = weight.T.reshape((C, 1, k, 1) if dim == 1 else (C, 1, 1, k))
+    return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, groups=C).permute(0, 2, 3, 1)
 
 
 def act_affine(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, act: str) -> torch.Tensor:
@@ -93,29 +71,104 @@ def spatial_mixing(
         act2: Its activation.
         is_residual: Whether the result is added to what precedes the convolutions.
     """
-    x = _in_memory(act_affine(x, scale, shift, act))
-    y = _activate(_depthwise(x, weight1, bias1, 2), act1) * scale1 + shift1
-    y = _in_memory(y.to(x.dtype))
+    features = act_affine(x.float(), scale, shift, act)
+    y = _activate(_depthwise(features, weight1, bias1, 2), act1) * scale1 + shift1
     y = _activate(_depthwise(y, weight2, bias2, 1), act2) * scale2 + shift2
-    return (x + y if is_residual else y).to(x.dtype)
+    return (features + y if is_residual else y).to(x.dtype)
 
 
 @cache
-def _copy(function: Callable[..., torch.Tensor], key: Tuple[Any, ...]) -> Callable[..., torch.Tensor]:
-    code = function.__code__.replace(co_name=f'{function.__name__}{key}')
-    return FunctionType(code, function.__globals__)
+def library() -> ctypes.CDLL:
+    """ The kernels, which are compiled if they are not in the cache.
+
+    Raises:
+        Exception: What torch raises without a compiler that works.
+    """
+    from torch._inductor.codecache import CppCodeCache  # takes its time to import
+
+    kernels = CppCodeCache.load(SOURCE.read_text(encoding='utf-8'))
+    common = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 4, ctypes.c_void_p]
+    for dtype in ('float', 'bfloat16'):
+        for name, settings in (
+                ('act_affine', [ctypes.c_bool]),
+                ('act_affine_mean', [ctypes.c_bool]),
+                ('spatial_mixing', [*[ctypes.c_int64] * 2, *[ctypes.c_bool] * 4])):
+            function = getattr(kernels, f'{name}_{dtype}')
+            function.argtypes, function.restype = [*common, *settings, ctypes.c_int], None
+    kernels.channels.argtypes, kernels.channels.restype = [], ctypes.c_int64
+    return kernels
 
 
-def compiled(function: Callable[..., torch.Tensor], *key: Any) -> Callable[..., torch.Tensor]:
-    """ One of the passes as a kernel, which all models share that have the same key.
-
-    It is made at the first call, and made again for any number of images when that changes, for one image, for any size
-    when that changes, in inference mode, and for another number of threads.
+def _kernel(
+        name: str,
+        dtype: torch.dtype,
+        rows: Tuple[torch.Tensor, ...],
+        settings: Tuple[Any, ...],
+        empty: Callable[[torch.Tensor], torch.Tensor] = torch.empty_like,
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """ A kernel of features of a data type.
 
     Args:
-        function: The pass.
-        key: What beside the size of batch and images makes another kernel. Of one code, torch makes eight kernels at
-            most, and makes variables of what differs between models, their width for one.
+        name: Its name.
+        dtype: The data type, fp32 or bf16.
+        rows: Vectors (C,) and weights (k, C), in the order of its parts.
+        settings: What else it takes.
+        empty: Makes the output, uninitialized, for features.
     """
-    passes = [torch.compile(_copy(function, (*key, is_inference)), options=OPTIONS) for is_inference in (False, True)]
-    return lambda *args: passes[torch.is_inference_mode_enabled()](*args)
+    function = getattr(library(), f'{name}_{"float" if dtype == torch.float32 else "bfloat16"}')
+    chunk = library().channels()
+    parts = torch.cat([row.view(-1, row.shape[-1]) for row in rows])
+    parts = F.pad(parts, (0, -parts.shape[1] % chunk)).unflatten(1, (-1, chunk)).transpose(0, 1).contiguous()
+
+    def kernel(x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
+        out = empty(x)
+        function(x.data_ptr(), out.data_ptr(), *x.shape, parts.data_ptr(), *settings, torch.get_num_threads())
+        return out
+
+    return kernel
+
+
+def act_affine_kernel(
+        dtype: torch.dtype,
+        scale: torch.Tensor,
+        shift: torch.Tensor,
+        act: str,
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """ `act_affine` of features of a data type, fp32 or bf16."""
+    return _kernel('act_affine', dtype, (scale, shift), (act == 'gelu',))
+
+
+def act_affine_mean_kernel(
+        dtype: torch.dtype,
+        scale: torch.Tensor,
+        shift: torch.Tensor,
+        act: str,
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """ The mean (N, C) over each image in fp32 of what `act_affine` makes of features of a data type, fp32 or bf16."""
+    return _kernel(
+        'act_affine_mean', dtype, (scale, shift), (act == 'gelu',),
+        lambda x: torch.empty(x.shape[0], x.shape[-1], dtype=torch.float32, device='cpu'))
+
+
+def spatial_mixing_kernel(
+        dtype: torch.dtype,
+        scale: torch.Tensor,
+        shift: torch.Tensor,
+        act: str,
+        weight1: torch.Tensor,
+        bias1: torch.Tensor,
+        scale1: torch.Tensor,
+        shift1: torch.Tensor,
+        act1: str,
+        weight2: torch.Tensor,
+        bias2: torch.Tensor,
+        scale2: torch.Tensor,
+        shift2: torch.Tensor,
+        act2: str,
+        is_residual: bool,
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """ `spatial_mixing` of features of a data type, fp32 or bf16."""
+    rows = scale, shift, bias1, scale1, shift1, bias2, scale2, shift2, weight1, weight2
+    are_gelu = (a == 'gelu' for a in (act, act1, act2))
+    return _kernel('spatial_mixing', dtype, rows, (len(weight1), len(weight2), *are_gelu, is_residual))

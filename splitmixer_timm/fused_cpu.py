@@ -5,14 +5,21 @@ Every operation is one of torch's own on NHWC memory. The modules here hold weig
 oneDNN, looks up buffers, or calls modules.
 """
 import platform
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 from timm.layers import SelectAdaptivePool2d
 from torch import nn
 
-from .compiled_cpu import act_affine, compiled, spatial_mixing
+from .compiled_cpu import (
+    act_affine,
+    act_affine_kernel,
+    act_affine_mean_kernel,
+    library,
+    spatial_mixing,
+    spatial_mixing_kernel,
+)
 from .fused import FusedModel, Product, Unsupported, activation, check_supported, fold_affine, segments
 from .layers import is_everything_watched, is_watched
 from .machine import has_bfloat16
@@ -21,7 +28,20 @@ from .splitmixer import PIECE_BYTES, SplitMixer, SplitMixerBlock
 __all__ = ['CompiledSplitMixer', 'FusedSplitMixer', 'NotCompiled', 'build']
 
 Function = Callable[[torch.Tensor], torch.Tensor]
-Step = Tuple[Function, Optional[Function]]
+
+
+class Step(NamedTuple):
+    """ What stem or block does to images (N, H, W, C).
+
+    Args:
+        function: The features that the next one takes.
+        complete: What completes them for others, if anything.
+        pool: The mean (N, C) over each image, in fp32, of what is complete, if there is a function of its own for that.
+    """
+    function: Function
+    complete: Optional[Function] = None
+    pool: Optional[Function] = None
+
 
 # types of pooling, dropout and classifier that take each image for itself
 ROW_WISE = (SelectAdaptivePool2d, nn.Dropout, nn.Linear, nn.Identity)
@@ -362,28 +382,22 @@ class CompiledBlock(nn.Module):
             _group(products, dtype, None) if _are_groups(products, dim) else Stage(products, dtype)
             for products in segments(channel.mixer))
 
-    def prepare(
-            self,
-            onednn: bool,
-            kernel: Callable[..., Callable[..., torch.Tensor]],
-            last: Tuple[torch.Tensor, torch.Tensor, str],
-    ) -> Function:
+    def prepare(self, onednn: bool, is_recorded: bool, last: Tuple[torch.Tensor, torch.Tensor, str]) -> Function:
         """ The block.
 
         Args:
             onednn: Whether oneDNN computes the products.
-            kernel: Makes kernels of passes, as `compiled` does.
+            is_recorded: Whether operations are recorded, which kernels are not.
             last: What the input lacks: scale and shift of a norm, and the activation before it.
         """
         stages = [stage.prepare(onednn) for stage in self.channel]
         parts = (
             *last, self.weight1, self.bias1, self.scale1, self.shift1, self.act1,
             self.weight2, self.bias2, self.scale2, self.shift2, self.act2, self.spatial_residual)
-        mix = kernel(
-            spatial_mixing, self.dtype, *self.weight1.shape, last[-1], self.act1, self.act2, self.spatial_residual)
+        mix = (lambda x: spatial_mixing(x, *parts)) if is_recorded else spatial_mixing_kernel(self.dtype, *parts)
 
         def block(x: torch.Tensor) -> torch.Tensor:
-            x = mix(x.detach(), *parts)  # for a view there would be another kernel
+            x = mix(x)
             for stage in stages:
                 x = stage(x)
             return x
@@ -411,7 +425,7 @@ class FusedSplitMixer(FusedModel):
         self.eval()
 
     def _prepare(self, is_recorded: bool) -> List[Step]:
-        """ Stem and blocks: what each does, and what completes its features for others than the next."""
+        """ What stem and blocks do."""
         onednn = not is_recorded and _has_onednn(self.compute_dtype)
         stem, affine = self.stem.prepare(onednn), self.affine.prepare()
 
@@ -419,7 +433,7 @@ class FusedSplitMixer(FusedModel):
             x = stem(x)
             return affine(x, x)
 
-        return [(function, None) for function in (embed, *(block.prepare(onednn) for block in self.blocks))]
+        return [Step(function) for function in (embed, *(block.prepare(onednn) for block in self.blocks))]
 
     def _functions(self) -> List[Step]:
         """ What runs, made anew where a tensor was changed, or a tensor or a module replaced."""
@@ -454,22 +468,27 @@ class FusedSplitMixer(FusedModel):
             x: torch.Tensor,
             taken: Sequence[int] = (),
             depth: Optional[int] = None,
+            is_pooled: bool = False,
     ) -> Iterator[List[torch.Tensor]]:
-        """ `_features` of the batch, a few images at a time."""
+        """ `_features` of the batch, a few images at a time; the last are pooled if that is asked for."""
         self._check_input(x)
         is_recorded = _is_recorded()
-        (embed, complete), *blocks = self._prepare(is_recorded) if is_recorded else self._functions()
+        step, *blocks = self._prepare(is_recorded) if is_recorded else self._functions()
         for piece in (x,) if is_recorded else self._split(x):
-            piece = piece.permute(0, 2, 3, 1).to(self.compute_dtype, memory_format=torch.contiguous_format)
-            piece, features = embed(piece), []
-            for i, (block, complete) in enumerate(blocks[:depth]):
-                piece = block(piece)
+            piece, features = step.function(piece.to(self.compute_dtype).permute(0, 2, 3, 1)), []
+            last = step
+            for i, last in enumerate(blocks[:depth]):
+                piece = last.function(piece)
                 if i in taken:
                     # the next block may overwrite it
-                    features.append(piece.clone() if complete is None else complete(piece))
-            if complete is not None:
-                piece = complete(piece)
-            yield [x.permute(0, 3, 1, 2).to(self.dtype) for x in (*features, piece)]
+                    features.append(piece.clone() if last.complete is None else last.complete(piece))
+            if is_pooled and last.pool is not None:
+                yield [last.pool(piece).to(self.dtype)]
+                continue
+            if last.complete is not None:
+                piece = last.complete(piece)
+            features = [x.permute(0, 3, 1, 2).to(self.dtype) for x in (*features, piece)]
+            yield [*features[:-1], self.global_pool(features[-1])] if is_pooled else features
 
     @torch.autocast('cpu', enabled=False)
     def _features(self, x: torch.Tensor, taken: Sequence[int] = (), depth: Optional[int] = None) -> List[torch.Tensor]:
@@ -494,7 +513,13 @@ class FusedSplitMixer(FusedModel):
                 type(part) not in ROW_WISE or any(map(is_watched, part.modules())) for part in parts):
             # who looks on, or is not known, is to have the whole batch
             return self.forward_head(self.forward_features(x))
-        logits = [self.forward_head(features) for features, in self._pieces(x)]
+        pool = self.global_pool
+        # forward_head, but for features that need not be made to be averaged
+        is_pooled = type(pool) is SelectAdaptivePool2d and pool.pool_type == 'avg' and pool.pool.output_size == 1
+        if is_pooled:
+            logits = [self.head(self.head_drop(pooled)) for pooled, in self._pieces(x, is_pooled=True)]
+        else:
+            logits = [self.forward_head(features) for features, in self._pieces(x)]
         return logits[0] if len(logits) == 1 else torch.cat(logits)
 
 
@@ -508,18 +533,19 @@ class CompiledSplitMixer(FusedSplitMixer):
 
     def _prepare(self, is_recorded: bool) -> List[Step]:
         onednn = not is_recorded and _has_onednn(self.compute_dtype)
-        kernel = (lambda function, *key: function) if is_recorded else compiled
 
-        def completion(scale: torch.Tensor, shift: torch.Tensor, act: str) -> Function:
-            complete = kernel(act_affine, self.compute_dtype, len(scale), act)
-            return lambda x: complete(x.detach(), scale, shift, act)
+        def step(function: Function, *last: Any) -> Step:
+            if is_recorded:
+                return Step(function, lambda x: act_affine(x, *last))
+            kernels = (kernel(self.compute_dtype, *last) for kernel in (act_affine_kernel, act_affine_mean_kernel))
+            return Step(function, *kernels)
 
         last = self.affine.scale, self.affine.shift, self.act
-        steps = [(self.stem.prepare(onednn), completion(*last))]
+        steps = [step(self.stem.prepare(onednn), *last)]
         for block in self.blocks:
-            function = block.prepare(onednn, kernel, last)
+            function = block.prepare(onednn, is_recorded, last)
             last = block.scale, block.shift, block.act
-            steps.append((function, completion(*last)))
+            steps.append(step(function, *last))
         return steps
 
 
@@ -540,6 +566,11 @@ def build(model: SplitMixer, dtype: torch.dtype, compile: bool = False) -> Fused
     if dtype not in (torch.float32, torch.bfloat16):
         raise Unsupported(f'{dtype} on a CPU')
     check_supported(model)
+    if compile:
+        try:
+            library()
+        except Exception as e:
+            raise NotCompiled(f'want of a C++ compiler that works ({e})') from e
     form = CompiledSplitMixer if compile else FusedSplitMixer
     fused = form(model, dtype, dtype if has_bfloat16() else torch.float32)
     fused._functions()  # now, not at the first call

@@ -227,17 +227,24 @@ class TestSameOutputs:
 NOT_COMPILED = ('2d', 'no spatial mixing', 'no channel mixing', 'channel residual')
 
 
-@pytest.fixture
-def eager(monkeypatch):
-    """ The passes that are compiled as they are written, without a compiler, which would take seconds for each test."""
-    monkeypatch.setattr(fused_cpu, 'compiled', lambda function, *key: function)
+@pytest.fixture(params=[pytest.param('kernels', marks=[INDUCTOR, pytest.mark.compile]), 'torch'])
+def passes(request, monkeypatch):
+    """ What lies between the products by the kernels, and in torch's operations, which need no compiler."""
+    if request.param == 'torch':
+        mixing, act_affine = compiled_cpu.spatial_mixing, compiled_cpu.act_affine
+        monkeypatch.setattr(fused_cpu, 'library', lambda: None)
+        monkeypatch.setattr(fused_cpu, 'spatial_mixing_kernel', lambda dtype, *parts: lambda x: mixing(x, *parts))
+        monkeypatch.setattr(fused_cpu, 'act_affine_kernel', lambda dtype, *parts: lambda x: act_affine(x, *parts))
+        monkeypatch.setattr(
+            fused_cpu, 'act_affine_mean_kernel',
+            lambda dtype, *parts: lambda x: act_affine(x.float(), *parts).mean((1, 2)))
 
 
 class TestCompile:
-    """ `compile=True`: kernels of torch.compile between the products. """
+    """ `compile=True`: kernels in C++ between the products. """
 
     @pytest.mark.parametrize('name', SPLITMIXERS)
-    def test_registered(self, name, eager, bfloat16):
+    def test_registered(self, name, passes, bfloat16):
         model = randomize(timm.create_model(name, depth=3, num_classes=11))
         fused = optimize_for_inference(model, compile=True)
         assert isinstance(fused, CompiledSplitMixer)
@@ -247,7 +254,7 @@ class TestCompile:
         assert 1e-5 < difference(half, model, images) < 0.015
 
     @pytest.mark.parametrize('option', [option for option in OPTIONS if option not in NOT_COMPILED])
-    def test_options(self, option, eager, bfloat16):
+    def test_options(self, option, passes, bfloat16):
         model = build(**OPTIONS[option])
         fused = optimize_for_inference(model, compile=True)
         assert isinstance(fused, CompiledSplitMixer)
@@ -273,14 +280,14 @@ class TestCompile:
 
     @pytest.mark.parametrize('height', [1, 2, 3, 5, 10])
     @pytest.mark.parametrize('kernel_size', [1, 2, 3, 4, 9])
-    def test_borders(self, kernel_size, height, eager):
+    def test_borders(self, kernel_size, height, passes):
         model = build(kernel_size=kernel_size, patch_size=1)
         images = torch.randn(1, 3, height, 6)
         assert difference(optimize_for_inference(model, compile=True), model, images) < 1e-5
         assert difference(optimize_for_inference(model, compile=True), model, images.mT.contiguous()) < 1e-5
 
     @pytest.mark.parametrize('kind', ['i', 'iv', 'v'])
-    def test_intermediates(self, kind, eager, images, monkeypatch):
+    def test_intermediates(self, kind, passes, images, monkeypatch):
         """ Completed for whoever takes them, while the next block goes on with what is not; in pieces of an image."""
         monkeypatch.setattr(fused_cpu, 'PIECE_BYTES', 1)
         model = build(channel_mixing=kind)
@@ -293,7 +300,7 @@ class TestCompile:
                 torch.testing.assert_close(fused.forward_head(actual[0]), model.forward_head(expected[0]))
 
     @pytest.mark.parametrize('kind', ['i', 'iv'])
-    def test_loads_weights(self, kind, eager, images):
+    def test_loads_weights(self, kind, passes, images):
         one, other = (
             optimize_for_inference(randomize(build(channel_mixing=kind), seed=seed), compile=True) for seed in (1, 2))
         assert not torch.equal(one(images), other(images))
@@ -301,7 +308,7 @@ class TestCompile:
         assert torch.equal(one(images), other(images))
         assert torch.equal(copy.deepcopy(one)(images), one(images))
 
-    def test_model_is_left_alone(self, eager, images):
+    def test_model_is_left_alone(self, passes, images):
         model = build()
         state = copy.deepcopy(model.state_dict())
         fused = optimize_for_inference(model, compile=True)
@@ -311,7 +318,7 @@ class TestCompile:
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
     @pytest.mark.parametrize('kind', ['i', 'iii', 'iv'])
-    def test_traced_and_exported(self, kind, eager, images):
+    def test_traced_and_exported(self, kind, passes, images):
         fused = optimize_for_inference(build(channel_mixing=kind), compile=True)
         dims = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
         exported = torch.export.export(fused, (images,), dynamic_shapes=(dims,)).module()
@@ -320,61 +327,125 @@ class TestCompile:
             for other in (images, torch.randn(5, 3, 22, 20)):
                 torch.testing.assert_close(same(other), fused(other), rtol=1e-5, atol=1e-6)
 
+    @pytest.mark.parametrize('pool', ['', 'fastavg', 'max', 'catavgmax'])
+    def test_pooling(self, pool, passes, images):
+        """ Only an average is computed without the features."""
+        model = build(num_classes=0, global_pool=pool)
+        fused = optimize_for_inference(model, compile=True)
+        assert difference(fused, model, images) < 1e-5
+        torch.testing.assert_close(fused(images), fused.forward_head(fused.forward_features(images)))
+
+    def test_empty_batch(self, passes):
+        assert optimize_for_inference(build(), compile=True)(torch.empty(0, 3, 16, 16)).shape == (0, 10)
+
+    @pytest.mark.package
+    def test_no_compiler(self, tmp_path):
+        """ Said when the model is made, and nothing is compiled."""
+        code = textwrap.dedent("""
+            import torch, warnings
+            from splitmixer_timm import SplitMixer, optimize_for_inference
+            model, images = SplitMixer(8, 1, num_classes=2).eval(), torch.randn(1, 3, 8, 8)
+            with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+                fused = optimize_for_inference(model, compile=True)
+                torch.testing.assert_close(fused(images), model(images))
+            print(type(fused).__name__, *(w.message for w in caught))
+        """)
+        environment = dict(os.environ, CXX=str(tmp_path / 'none'), TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+        out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env=environment)
+        assert out.stdout.startswith(
+            'FusedSplitMixer optimize_for_inference compiles nothing for want of a C++ compiler that works (')
+        assert str(tmp_path / 'none') in out.stdout
+
+
+def _norm(channels):
+    return torch.rand(channels) + 0.5, torch.randn(channels)
+
+
+def _parts(channels, kernel_sizes, acts):
+    """ What `spatial_mixing` takes between features and `is_residual`."""
+    parts = [*_norm(channels), acts[0]]
+    for size, act in zip(kernel_sizes, acts[1:]):
+        parts += [torch.randn(size, channels) / size**0.5, torch.randn(channels), *_norm(channels), act]
+    return parts
+
+
+@INDUCTOR
+@pytest.mark.compile
+class TestKernels:
+    """ The kernels of cpu_kernels.cpp against what they stand for in torch's operations. """
+
+    def compare(self, kernel, function, parts, shape, **tolerance):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(shape).to(dtype)
+            before = x.clone()
+            expected = function(x.float(), *parts)
+            actual = kernel(dtype, *parts)(x)
+            assert actual.shape == expected.shape
+            assert actual.dtype == (torch.float32 if kernel is compiled_cpu.act_affine_mean_kernel else dtype)
+            error = 1e-5 if actual.dtype == dtype == torch.float32 else 2e-4
+            torch.testing.assert_close(
+                actual.float(), expected, atol=error, rtol=1e-5 if actual.dtype == torch.float32 else 2**-8)
+            assert torch.equal(x, before)
+
+    @pytest.mark.parametrize('channels', [1, 8, 20, 32, 40, 256])
+    @pytest.mark.parametrize('size', [(1, 1), (5, 3), (8, 16), (2, 33)])
+    def test_channels_and_sizes(self, channels, size):
+        for batch in (1, 3):
+            parts = _parts(channels, (5, 5), ['gelu'] * 3)
+            shape = (batch, *size, channels)
+            self.compare(compiled_cpu.spatial_mixing_kernel, compiled_cpu.spatial_mixing, [*parts, True], shape)
+            self.compare(compiled_cpu.act_affine_kernel, compiled_cpu.act_affine, parts[:3], shape)
+            self.compare(
+                compiled_cpu.act_affine_mean_kernel, lambda x, *norm: compiled_cpu.act_affine(x, *norm).mean((1, 2)),
+                parts[:3], shape)
+
+    @pytest.mark.parametrize('threads', [1, 2, 3, 16])
+    @pytest.mark.parametrize('kernel_sizes', [(1, 1), (2, 2), (7, 7), (4, 9), (9, 3)])
+    def test_kernel_sizes_and_threads(self, kernel_sizes, threads, monkeypatch):
+        """ With more threads than images times channels, images are cut in bands of rows."""
+        monkeypatch.setattr(torch, 'get_num_threads', lambda: threads)
+        for height in (1, 2, 6, 13, 40):
+            parts = [*_parts(40, kernel_sizes, ['gelu'] * 3), True]
+            self.compare(compiled_cpu.spatial_mixing_kernel, compiled_cpu.spatial_mixing, parts, (1, height, 9, 40))
+
+    @pytest.mark.parametrize('is_residual', [False, True])
+    @pytest.mark.parametrize('acts', [('gelu', 'relu', 'relu'), ('relu', 'gelu', 'relu'), ('relu', 'relu', 'gelu')])
+    def test_activations(self, acts, is_residual):
+        parts = [*_parts(24, (3, 5), acts), is_residual]
+        self.compare(compiled_cpu.spatial_mixing_kernel, compiled_cpu.spatial_mixing, parts, (2, 6, 7, 24))
+
     def test_gelu(self):
-        """ Nearly as exact as torch's (1.5e-7), on both sides of where erf is cut off."""
+        """ In fp32 as exact as torch's, in bf16 rounded rightly but for the error of the fit."""
+        none = torch.ones(1), torch.zeros(1), 'gelu'
         x = torch.linspace(-40, 40, 800_001)
+        out = compiled_cpu.act_affine_kernel(torch.float32, *none)(x.view(1, 1, -1, 1)).flatten()
+        assert ((out - nn.functional.gelu(x.double())).abs() <= 2.5e-7 * x.abs().clamp(min=1)).all()
+        x = torch.arange(-2**15, 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+        x = x[x.isfinite()]
+        out = compiled_cpu.act_affine_kernel(torch.bfloat16, *none)(x.view(1, 1, -1, 1)).flatten()
         exact = nn.functional.gelu(x.double())
-        assert ((compiled_cpu._activate(x, 'gelu') - exact).abs() <= 2.5e-7 * x.abs().clamp(min=1)).all()
-        bounded = x.double().clamp(-compiled_cpu.BOUND, compiled_cpu.BOUND)
-        p, q = (sum(c * bounded**(2 * i) for i, c in enumerate(row)) for row in (compiled_cpu.P, compiled_cpu.Q))
-        assert (bounded * p / q - torch.erf(x.double() / 2**0.5)).abs().max() < 1.8e-8 < 2**-24
-        assert compiled_cpu._activate(torch.tensor([-0., torch.nan, torch.inf]), 'gelu').isnan().tolist() == [
-            False, True, False]
+        assert ((out - exact).abs() <= (2**-8 + 3e-5) * exact.abs() + 7e-5 + 1e-9 * x.abs()).all()
+        for dtype in (torch.float32, torch.bfloat16):
+            special = torch.tensor([-0., torch.nan, torch.inf], dtype=dtype).view(1, 1, 3, 1)
+            for act in ('gelu', 'relu'):
+                out = compiled_cpu.act_affine_kernel(dtype, *none[:2], act)(special).flatten().tolist()
+                assert out[0] == 0
+                assert out[1] != out[1]
+                assert out[2] == torch.inf
 
-    @INDUCTOR
-    @pytest.mark.compile
-    def test_kernels(self, bfloat16):
-        """ With the compiler: all batches and sizes, in and out of inference mode, shared by models of one shape."""
-        def compare(model):
-            fused = optimize_for_inference(model, compile=True)
-            for mode in (torch.no_grad, torch.inference_mode):
-                for size in ((2, 3, 16, 16), (4, 3, 16, 16), (1, 3, 16, 16), (3, 3, 6, 30), (1, 3, 40, 4)):
-                    with mode():
-                        assert difference(fused, model, torch.randn(size)) < 1e-5
+    def test_memory_formats(self):
+        """ Features that are not contiguous are read rightly."""
+        parts = [*_parts(24, (3, 3), ['gelu'] * 3), True]
+        x = torch.randn(2, 24, 6, 5).permute(0, 2, 3, 1)
+        torch.testing.assert_close(
+            compiled_cpu.spatial_mixing_kernel(torch.float32, *parts)(x), compiled_cpu.spatial_mixing(x, *parts),
+            rtol=1e-5, atol=1e-5)
 
-        counters = torch._dynamo.utils.counters
-        torch.compiler.reset()
-        counters.clear()
-        # with a kernel too many, torch would go on without kernels
-        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-            compare(build())
-            graphs = counters['stats']['unique_graphs']
-            assert 0 < graphs <= 20
-            compare(build(channel_mixing='iv'))
-            assert counters['stats']['unique_graphs'] == graphs
-            # other widths have two each of their own, or torch would have made one of all
-            for more, dim in ((2, 32), (4, 40)):
-                model = build(dim)
-                assert difference(
-                    optimize_for_inference(model, compile=True), model, torch.randn(2, 3, 16, 16)) < 1e-5
-                assert counters['stats']['unique_graphs'] == graphs + more
-        assert not counters['graph_break']
-        half = optimize_for_inference(build(), dtype=torch.bfloat16, compile=True)
-        assert 1e-5 < difference(half, build(), torch.randn(2, 3, 9, 8)) < 0.015
-
-    @INDUCTOR
-    @pytest.mark.compile
-    def test_passes(self):
-        """ The compiler computes no activation anew, and goes through memory for each and for each convolution."""
-        torch.compiler.reset()
-        x, vector = torch.randn(2, 12, 10, 32), torch.randn(32)
-        norm = (vector, vector)
-        conv = (torch.randn(7, 32), vector, *norm, 'gelu')
-        with torch.no_grad():
-            _, (code,) = torch._inductor.utils.run_and_get_code(
-                compiled_cpu.compiled(compiled_cpu.spatial_mixing), x, *norm, 'gelu', *conv, *conv, True)
-        assert code.count(f'static_cast<float>({compiled_cpu.BOUND})') == 3
-        assert code.count('for(int64_t x0=') <= 5
+    def test_mean(self):
+        """ Summed row by row: of a million pixels it is still exact."""
+        x = torch.rand(1, 1000, 1000, 1)
+        mean = compiled_cpu.act_affine_mean_kernel(torch.float32, torch.ones(1), torch.zeros(1), 'relu')(x)
+        assert abs(mean.item() - x.double().mean().item()) < 2e-6
 
 
 class TestInterface:

@@ -60,7 +60,7 @@ def test_wheel_holds_what_it_must(dist):
         metadata = wheel.read(next(n for n in names if n.endswith('METADATA'))).decode()
     assert {'splitmixer_timm/weights/manifest.json', 'splitmixer_timm/labels/cifar10.txt',
             'splitmixer_timm/labels/in1k.LICENSE',
-            'splitmixer_timm/py.typed'} <= names
+            'splitmixer_timm/cpu_kernels.cpp', 'splitmixer_timm/py.typed'} <= names
     for entry in manifest.entries().values():
         for file in (entry['file'], *(entry['training'][key] for key in ('args', 'summary', 'curves'))):
             assert f'splitmixer_timm/weights/{file}' in names
