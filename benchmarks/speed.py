@@ -4,7 +4,7 @@
     python benchmarks/speed.py --help
 
 `plain` is benchmarks/plain.py (on CUDA in bf16 too), `created` the registered model, `compiled` that by torch.compile,
-`optimized` by `optimize_for_inference`, on a CPU `optimized compiled` with kernels of torch.compile, on CUDA `fused` by
+`optimized` by `optimize_for_inference`, on a CPU `optimized compiled` with its compiled kernels, on CUDA `fused` by
 `fuse_for_training`, `fused graphs` with its CUDA graphs; ONNX Runtime and OpenVINO (extra `export`) run the plain
 model's graph. All have the same weights and images, take turns in one process, in turns of about a tenth of a second or
 more, and the median counts. Each model and task has a process of its own. On a CPU the memory that torch frees is

@@ -86,7 +86,8 @@ def library() -> ctypes.CDLL:
     """
     from torch._inductor.codecache import CppCodeCache  # takes its time to import
 
-    kernels = CppCodeCache.load(SOURCE.read_text(encoding='utf-8'))
+    # the version, as torch's headers are compiled too
+    kernels = CppCodeCache.load(f'// torch {torch.__version__}\n{SOURCE.read_text(encoding="utf-8")}')
     common = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 4, ctypes.c_void_p]
     for dtype in ('float', 'bfloat16'):
         for name, settings in (
@@ -104,7 +105,7 @@ def _kernel(
         dtype: torch.dtype,
         rows: Tuple[torch.Tensor, ...],
         settings: Tuple[Any, ...],
-        empty: Callable[[torch.Tensor], torch.Tensor] = torch.empty_like,
+        is_pooled: bool = False,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """ A kernel of features of a data type.
 
@@ -113,16 +114,25 @@ def _kernel(
         dtype: The data type, fp32 or bf16.
         rows: Vectors (C,) and weights (k, C), in the order of its parts.
         settings: What else it takes.
-        empty: Makes the output, uninitialized, for features.
+        is_pooled: Whether its output is (N, C) in fp32, not like the features.
+
+    Returns:
+        The kernel, which raises a RuntimeError for features of another data type or number of channels.
     """
     function = getattr(library(), f'{name}_{"float" if dtype == torch.float32 else "bfloat16"}')
-    chunk = library().channels()
-    parts = torch.cat([row.view(-1, row.shape[-1]) for row in rows])
+    chunk, channels = library().channels(), rows[0].shape[-1]
+    parts = torch.cat([row.reshape(-1, channels) for row in rows]).to('cpu', torch.float32)
     parts = F.pad(parts, (0, -parts.shape[1] % chunk)).unflatten(1, (-1, chunk)).transpose(0, 1).contiguous()
 
     def kernel(x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != dtype or x.shape[-1] != channels:
+            raise RuntimeError(f'{name}: features must be of {dtype} with {channels} channels, '
+                               f'got {x.dtype} with {x.shape[-1]}.')
         x = x.contiguous()
-        out = empty(x)
+        if is_pooled:
+            out = torch.empty(x.shape[0], channels, dtype=torch.float32, device='cpu')
+        else:
+            out = torch.empty(x.shape, dtype=dtype, device='cpu')
         function(x.data_ptr(), out.data_ptr(), *x.shape, parts.data_ptr(), *settings, torch.get_num_threads())
         return out
 
@@ -146,9 +156,7 @@ def act_affine_mean_kernel(
         act: str,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """ The mean (N, C) over each image in fp32 of what `act_affine` makes of features of a data type, fp32 or bf16."""
-    return _kernel(
-        'act_affine_mean', dtype, (scale, shift), (act == 'gelu',),
-        lambda x: torch.empty(x.shape[0], x.shape[-1], dtype=torch.float32, device='cpu'))
+    return _kernel('act_affine_mean', dtype, (scale, shift), (act == 'gelu',), is_pooled=True)
 
 
 def spatial_mixing_kernel(

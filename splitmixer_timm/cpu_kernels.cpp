@@ -2,9 +2,10 @@
 // torch's operations what is computed here.
 //
 // Features are (N, H, W, C) in fp32 or bf16, arithmetic is in fp32. Spatial mixing goes through an image row by row, for
-// a few channels at a time: what it needs of the rows before stays in the first level of the cache, so that features are
-// read once and written once.
+// a few channels at a time: what it needs of the rows before stays in the cache, so that features are read once and
+// written once.
 #include <torch/csrc/inductor/cpp_prefix.h>
+#include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -75,9 +76,10 @@ inline void store(BFloat16* target, const Vec* x, Index count) {
   }
 }
 
-// GELU as x * (0.5 + b P(b * b)), where b is x within bounds, beyond which it is 0 or x: for features in bf16 with a
-// polynomial within 1.4e-5 of half of erf(b / sqrt(2)), for those in fp32 with a ratio of two within 0.9e-8. Both are
-// minimax fits, which take less arithmetic than torch's.
+// GELU as x * (0.5 + b P(b * b)), where b is x within bounds: for features in bf16 with a polynomial within 1.4e-5 of half
+// of erf(b / sqrt(2)), for those in fp32 with a ratio of two within 0.9e-8. Both are minimax fits, which take less
+// arithmetic than torch's. At the bounds they are so near to 0.5, in this order of operations, that no multiple of x is
+// left of a large negative x.
 template <typename T>
 Vec gelu(Vec x);
 

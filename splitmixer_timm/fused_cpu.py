@@ -1,10 +1,11 @@
 """ A SplitMixer for inference on a CPU: a few images at a time through all blocks, updated in place in the cache.
 
-Every operation is one of torch's own on NHWC memory. The modules here hold weights only. What runs are functions that
-`prepare` makes of them, with all done beforehand that does not depend on the images: no call lays out weights for
-oneDNN, looks up buffers, or calls modules.
+Operations are torch's own on NHWC memory, and the kernels of compiled_cpu.py where they are asked for. The modules here
+hold weights only. What runs are functions that `prepare` makes of them, with all done beforehand that does not depend
+on the images: no call lays out weights for oneDNN, looks up buffers, or calls modules.
 """
 import platform
+import warnings
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
@@ -357,7 +358,7 @@ class Block(nn.Module):
 
 
 class CompiledBlock(nn.Module):
-    """ A block on images (N, H, W, C) by compiled passes. What comes in and goes out lacks activation and norm."""
+    """ A block on images (N, H, W, C) by compiled kernels. What comes in and goes out lacks activation and norm."""
 
     def __init__(self, block: SplitMixerBlock, dtype: torch.dtype):
         super().__init__()
@@ -382,19 +383,19 @@ class CompiledBlock(nn.Module):
             _group(products, dtype, None) if _are_groups(products, dim) else Stage(products, dtype)
             for products in segments(channel.mixer))
 
-    def prepare(self, onednn: bool, is_recorded: bool, last: Tuple[torch.Tensor, torch.Tensor, str]) -> Function:
+    def prepare(self, onednn: bool, has_kernels: bool, last: Tuple[torch.Tensor, torch.Tensor, str]) -> Function:
         """ The block.
 
         Args:
             onednn: Whether oneDNN computes the products.
-            is_recorded: Whether operations are recorded, which kernels are not.
+            has_kernels: Whether compiled kernels do what lies between them.
             last: What the input lacks: scale and shift of a norm, and the activation before it.
         """
         stages = [stage.prepare(onednn) for stage in self.channel]
         parts = (
             *last, self.weight1, self.bias1, self.scale1, self.shift1, self.act1,
             self.weight2, self.bias2, self.scale2, self.shift2, self.act2, self.spatial_residual)
-        mix = (lambda x: spatial_mixing(x, *parts)) if is_recorded else spatial_mixing_kernel(self.dtype, *parts)
+        mix = spatial_mixing_kernel(self.dtype, *parts) if has_kernels else lambda x: spatial_mixing(x, *parts)
 
         def block(x: torch.Tensor) -> torch.Tensor:
             x = mix(x)
@@ -513,18 +514,38 @@ class FusedSplitMixer(FusedModel):
                 type(part) not in ROW_WISE or any(map(is_watched, part.modules())) for part in parts):
             # who looks on, or is not known, is to have the whole batch
             return self.forward_head(self.forward_features(x))
-        pool = self.global_pool
         # forward_head, but for features that need not be made to be averaged
-        is_pooled = type(pool) is SelectAdaptivePool2d and pool.pool_type == 'avg' and pool.pool.output_size == 1
-        if is_pooled:
+        pool = self.global_pool
+        if (
+                type(pool) is SelectAdaptivePool2d and type(pool.flatten) is nn.Flatten
+                and type(pool.pool) is nn.AdaptiveAvgPool2d and pool.pool.output_size == 1
+                and 'forward_head' not in self.__dict__
+        ):
             logits = [self.head(self.head_drop(pooled)) for pooled, in self._pieces(x, is_pooled=True)]
         else:
             logits = [self.forward_head(features) for features, in self._pieces(x)]
         return logits[0] if len(logits) == 1 else torch.cat(logits)
 
 
+def _has_kernels() -> bool:
+    """ Whether there are compiled kernels; if not, a warning says why."""
+    try:
+        library()
+    except Exception as e:
+        warnings.warn(f'A model optimized with compile=True runs without kernels for {_reason(e)}.', stacklevel=2)
+        return False
+    return True
+
+
+def _reason(error: Exception) -> str:
+    return f'want of a C++ compiler that works ({type(error).__name__}: {str(error).strip()[:400]})'
+
+
 class CompiledSplitMixer(FusedSplitMixer):
-    """ The form that `torch.compile` makes kernels for. A block's activation and norm are done by the next one."""
+    """ The form with compiled kernels between the products. A block's activation and norm are done by the next one.
+
+    Where one that was saved is loaded and there is no compiler, torch's operations do what the kernels would.
+    """
     block_type = CompiledBlock
 
     def __init__(self, model: SplitMixer, dtype: torch.dtype, compute_dtype: torch.dtype):
@@ -533,9 +554,10 @@ class CompiledSplitMixer(FusedSplitMixer):
 
     def _prepare(self, is_recorded: bool) -> List[Step]:
         onednn = not is_recorded and _has_onednn(self.compute_dtype)
+        has_kernels = not is_recorded and _has_kernels()
 
         def step(function: Function, *last: Any) -> Step:
-            if is_recorded:
+            if not has_kernels:
                 return Step(function, lambda x: act_affine(x, *last))
             kernels = (kernel(self.compute_dtype, *last) for kernel in (act_affine_kernel, act_affine_mean_kernel))
             return Step(function, *kernels)
@@ -543,7 +565,7 @@ class CompiledSplitMixer(FusedSplitMixer):
         last = self.affine.scale, self.affine.shift, self.act
         steps = [step(self.stem.prepare(onednn), *last)]
         for block in self.blocks:
-            function = block.prepare(onednn, is_recorded, last)
+            function = block.prepare(onednn, has_kernels, last)
             last = block.scale, block.shift, block.act
             steps.append(step(function, *last))
         return steps
@@ -557,7 +579,7 @@ def build(model: SplitMixer, dtype: torch.dtype, compile: bool = False) -> Fused
         model: The model.
         dtype: Data type of features and logits: fp32, or bf16, which is also what it computes in where the processor
             has that.
-        compile: Whether `torch.compile` makes its kernels.
+        compile: Whether what lies between the products is done by compiled kernels.
 
     Raises:
         Unsupported: If the model or `dtype` is not covered, `NotCompiled` if it is without `compile`; the message says
@@ -566,12 +588,12 @@ def build(model: SplitMixer, dtype: torch.dtype, compile: bool = False) -> Fused
     if dtype not in (torch.float32, torch.bfloat16):
         raise Unsupported(f'{dtype} on a CPU')
     check_supported(model)
+    form = CompiledSplitMixer if compile else FusedSplitMixer
+    fused = form(model, dtype, dtype if has_bfloat16() else torch.float32)
     if compile:
         try:
             library()
         except Exception as e:
-            raise NotCompiled(f'want of a C++ compiler that works ({e})') from e
-    form = CompiledSplitMixer if compile else FusedSplitMixer
-    fused = form(model, dtype, dtype if has_bfloat16() else torch.float32)
+            raise NotCompiled(_reason(e)) from e
     fused._functions()  # now, not at the first call
     return fused

@@ -1,6 +1,7 @@
 """ optimize_for_inference: outputs of the model on every variant and input, the model left alone, what it refuses. """
 import copy
 import io
+import math
 import os
 import platform
 import subprocess
@@ -223,7 +224,7 @@ class TestSameOutputs:
         assert difference(fused, model, images) < 1e-5
 
 
-# where torch.compile makes no kernels
+# what has no compiled kernels
 NOT_COMPILED = ('2d', 'no spatial mixing', 'no channel mixing', 'channel residual')
 
 
@@ -327,13 +328,62 @@ class TestCompile:
             for other in (images, torch.randn(5, 3, 22, 20)):
                 torch.testing.assert_close(same(other), fused(other), rtol=1e-5, atol=1e-6)
 
-    @pytest.mark.parametrize('pool', ['', 'fastavg', 'max', 'catavgmax'])
+    @pytest.mark.parametrize('pool', ['', 'avg', 'fastavg', 'max', 'catavgmax'])
     def test_pooling(self, pool, passes, images):
         """ Only an average is computed without the features."""
         model = build(num_classes=0, global_pool=pool)
         fused = optimize_for_inference(model, compile=True)
         assert difference(fused, model, images) < 1e-5
         torch.testing.assert_close(fused(images), fused.forward_head(fused.forward_features(images)))
+
+    @pytest.mark.parametrize('compile', [False, True])
+    def test_replaced_pooling(self, compile, passes, images):
+        """ Pooling and head that were replaced are what counts."""
+        fused = optimize_for_inference(build(num_classes=0), compile=compile)
+        features = fused.forward_features(images)
+        pool = fused.global_pool = timm.layers.SelectAdaptivePool2d(pool_type='avg')
+        assert fused(images).shape == (2, 24, 1, 1)
+        pool.flatten = nn.Flatten(1)
+        for part in (nn.AdaptiveMaxPool2d(1), nn.AdaptiveAvgPool2d((1, 1)), nn.AdaptiveAvgPool2d(2), nn.Identity()):
+            pool.pool = part
+            torch.testing.assert_close(fused(images), part(features).flatten(1))
+        pool.pool = nn.AdaptiveAvgPool2d(1)
+        torch.testing.assert_close(fused(images), features.mean((2, 3)))
+        fused.forward_head = lambda x: x
+        torch.testing.assert_close(fused(images), features)
+
+    def test_saved(self, passes, images):
+        fused, file = optimize_for_inference(build(), compile=True), io.BytesIO()
+        torch.save(fused, file)
+        file.seek(0)
+        assert torch.equal(torch.load(file, weights_only=False)(images), fused(images))
+
+    def test_without_kernels(self, images, monkeypatch):
+        """ A model whose kernels cannot be compiled where it was loaded still runs, and says so."""
+        def no_compiler():
+            raise RuntimeError('no compiler')
+
+        with monkeypatch.context() as patch:
+            patch.setattr(fused_cpu, 'library', lambda: None)
+            patch.setattr(fused_cpu, '_has_kernels', lambda: False)
+            fused = optimize_for_inference(build(), compile=True)
+        monkeypatch.setattr(fused_cpu, 'library', no_compiler)
+        with pytest.warns(UserWarning, match='without kernels for want of .* works .RuntimeError: no compiler.'):
+            assert difference(copy.deepcopy(fused), build(), images) < 1e-5
+        with pytest.warns(UserWarning, match='compiles nothing for spatial mixing other'):  # the real reason
+            optimize_for_inference(build(spatial_mixing='2d'), compile=True)
+
+    @INDUCTOR
+    def test_other_dtypes_and_widths(self, images):
+        """ Weights that came in another data type are used all the same; features that do not fit are refused."""
+        fused = optimize_for_inference(build(), compile=True)
+        expected = fused(images)
+        for buffer in ('scale1', 'weight2'):
+            setattr(fused.blocks[0], buffer, getattr(fused.blocks[0], buffer).double())
+        torch.testing.assert_close(fused(images), expected)
+        fused.stem = optimize_for_inference(build(dim=32), compile=True).stem
+        with pytest.raises(RuntimeError, match='must be of torch.float32 with 24 channels, got torch.float32 with 32'):
+            fused(images)
 
     def test_empty_batch(self, passes):
         assert optimize_for_inference(build(), compile=True)(torch.empty(0, 3, 16, 16)).shape == (0, 10)
@@ -405,8 +455,36 @@ class TestKernels:
         """ With more threads than images times channels, images are cut in bands of rows."""
         monkeypatch.setattr(torch, 'get_num_threads', lambda: threads)
         for height in (1, 2, 6, 13, 40):
-            parts = [*_parts(40, kernel_sizes, ['gelu'] * 3), True]
-            self.compare(compiled_cpu.spatial_mixing_kernel, compiled_cpu.spatial_mixing, parts, (1, height, 9, 40))
+            for batch, channels in ((1, 40), (2, 8)):
+                parts = [*_parts(channels, kernel_sizes, ['gelu'] * 3), True]
+                self.compare(
+                    compiled_cpu.spatial_mixing_kernel, compiled_cpu.spatial_mixing, parts,
+                    (batch, height, 9, channels))
+
+    @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize('channels', [1, 20, 37, 64])
+    def test_stays_within_bounds(self, channels, dtype):
+        """ Nothing is read or written beyond the features, which lie between others."""
+        shape, margin = (2, 3, 5, channels), 1000
+        size = math.prod(shape)
+        parts = _parts(channels, (3, 3), ['gelu'] * 3)
+        for kernel in (
+                compiled_cpu.spatial_mixing_kernel(dtype, *parts, True),
+                compiled_cpu.act_affine_kernel(dtype, *parts[:3]),
+                compiled_cpu.act_affine_mean_kernel(dtype, *parts[:3])):
+            memory = torch.full((size + 2 * margin,), torch.nan, dtype=dtype)
+            x = memory[margin:-margin].view(shape)
+            x.copy_(torch.randn(shape))
+            expected = kernel(x.clone())
+            around = torch.full((expected.numel() + 2 * margin,), torch.nan, dtype=expected.dtype)
+            out = around[margin:-margin].view(expected.shape)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch, 'empty', lambda *args, out=out, **kwargs: out)
+                assert kernel(x) is out
+            assert torch.equal(out, expected)
+            assert not out.isnan().any()
+            assert around[:margin].isnan().all()
+            assert around[-margin:].isnan().all()
 
     @pytest.mark.parametrize('is_residual', [False, True])
     @pytest.mark.parametrize('acts', [('gelu', 'relu', 'relu'), ('relu', 'gelu', 'relu'), ('relu', 'relu', 'gelu')])
@@ -420,6 +498,7 @@ class TestKernels:
         x = torch.linspace(-40, 40, 800_001)
         out = compiled_cpu.act_affine_kernel(torch.float32, *none)(x.view(1, 1, -1, 1)).flatten()
         assert ((out - nn.functional.gelu(x.double())).abs() <= 2.5e-7 * x.abs().clamp(min=1)).all()
+        assert compiled_cpu.act_affine_kernel(torch.float32, *none)(torch.full((1, 1, 1, 1), -1e6)).abs() <= 0.1
         x = torch.arange(-2**15, 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
         x = x[x.isfinite()]
         out = compiled_cpu.act_affine_kernel(torch.bfloat16, *none)(x.view(1, 1, -1, 1)).flatten()
