@@ -9,8 +9,9 @@ copy and the operations a second of a large matrix product. The limit of an oper
 its bytes and its operations take at these. The limit of a forward is the sum of its operations' limits; were all but
 convolutions and matrix products fused into these, the sum of theirs. `--forms plain created optimized` records before
 and after: the network of benchmarks/plain.py, the registered model, and that by `optimize_for_inference`. The last is
-on CUDA a kernel for each spatial and each channel mixing, which must read and write the features once. Operations are
-those that run: in half precision on CUDA a registered model's 1D kernels are square, and their zeros are counted.
+on CUDA a kernel for each spatial and each channel mixing, which must read and write the features once; on a CPU that is
+so for spatial mixing in the form `optimized compiled`, by `compile=True`. Operations are those that run: in half
+precision on CUDA a registered model's 1D kernels are square, and their zeros are counted.
 """
 import argparse
 import datetime
@@ -18,10 +19,11 @@ import functools
 import statistics
 import sys
 from collections import defaultdict
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 from unittest import mock
 
 import torch
@@ -54,7 +56,12 @@ if hasattr(torch.ops.mkldnn, '_linear_pointwise'):
 # what gets memory, or looks at it otherwise, and moves nothing
 ALLOCATIONS = {
     getattr(torch.ops.aten, name) for name in ('empty', 'empty_like', 'empty_strided', 'new_empty', 'as_strided_')}
-FORMS = {'plain': plain_model, 'created': lambda model: model, 'optimized': optimize_for_inference}
+FORMS = {
+    'plain': plain_model,
+    'created': lambda model: model,
+    'optimized': optimize_for_inference,
+    'optimized compiled': functools.partial(optimize_for_inference, compile=True),  # on a CPU
+}
 FORWARD, FUSED = 'forward', 'forward, fused'
 
 
@@ -160,11 +167,39 @@ def _keep_busy(device: torch.device) -> None:
         torch.cuda._sleep(500_000_000)
 
 
-def record(step: Any, device: torch.device) -> List[Operation]:
-    """ The operations of a step."""
+@contextmanager
+def cpu_kernels_recorded(model: nn.Module, timer: Timer) -> Iterator[None]:
+    """ The kernels of a model's compiled form for a CPU, which are no operations of torch's, add themselves."""
+    def recorded(name: str, kind: str) -> Any:
+        make = getattr(fused_cpu, name)
+
+        def make_recorded(dtype: torch.dtype, *parts: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+            kernel, tensors = make(dtype, *parts), [part for part in parts if isinstance(part, torch.Tensor)]
+            multiplied = sum(tensor.numel() for tensor in tensors if tensor.ndim == 2)  # weights (k, C)
+
+            def run(x: torch.Tensor) -> torch.Tensor:
+                y, elapsed, events = timer.call(functools.partial(kernel, x))
+                moved = sum(tensor.nbytes for tensor in (x, y, *tensors))
+                timer.add(Operation(kind, moved, 2 * multiplied * x[..., 0].numel(), elapsed), events)
+                return y
+
+            return run
+
+        return mock.patch.object(fused_cpu, name, make_recorded)
+
+    with recorded('spatial_mixing_kernel', 'spatial mixing'), recorded('act_affine_mean_kernel', 'pooling'):
+        model._prepared = None  # it has kernels that do not
+        model._functions()
+        yield
+    model._prepared = None
+
+
+def record(step: Any, device: torch.device, compiled: Optional[nn.Module] = None) -> List[Operation]:
+    """ The operations of a step, of a model in its compiled form for a CPU if given."""
     recorder = Recorder(device)
+    kernels = nullcontext() if compiled is None else cpu_kernels_recorded(compiled, recorder.timer)
     # not inference mode, under which a composite operation comes as one
-    with torch.no_grad():
+    with torch.no_grad(), kernels:
         _keep_busy(device)
         # what really runs: to those who record it, the fused form shows its operations with plain weights
         with mock.patch.object(fused_cpu, '_is_recorded', return_value=False), recorder:
@@ -236,7 +271,8 @@ def measure(
     if is_graph:
         recorded = [record_kernels(model, made, images) for _ in range(passes)]
     else:
-        recorded = [record(subject.step, images.device) for _ in range(passes)]
+        compiled = made if isinstance(made, fused_cpu.CompiledSplitMixer) else None
+        recorded = [record(subject.step, images.device, compiled) for _ in range(passes)]
     rates = ceilings['copy'], ceilings['operations']
 
     def line(kind: str, operations: List[Operation], took: Optional[float]) -> Dict[str, str]:
@@ -278,6 +314,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         benchmark.check_settings(settings)
         if 'optimized' in args.forms and device.type not in ('cpu', 'cuda'):
             raise ValueError(f'form optimized is there on a CPU and on CUDA, not on {device}')
+        if 'optimized compiled' in args.forms and device.type != 'cpu':
+            raise ValueError(f'form optimized compiled is there on a CPU, not on {device}')
         rows = benchmark.check_models(args.models)
         benchmark.check_folder(args.results)
         results = RooflineResults(args.results / f'{benchmark.results_name(str(device))}.roofline.csv')

@@ -4,6 +4,7 @@ import report
 import roofline
 import timm
 import torch
+from conftest import INDUCTOR
 from torch import nn
 
 from splitmixer_timm import fused_cpu
@@ -11,6 +12,7 @@ from splitmixer_timm.benchmark import Settings, build_model, make_images
 from splitmixer_timm.complexity import measure_complexity
 
 CPU = torch.device('cpu')
+FORMS = 'plain', 'created', 'optimized'
 TINY = Settings(batch_size=2, img_size=28, batches=1)
 CEILINGS = dict(copy=1e9, operations=1e10)
 
@@ -102,8 +104,8 @@ def test_forms(run, tmp_path, monkeypatch):
     rows = roofline.RooflineResults(path).rows.values()
     for kind in ('i', 'iv'):
         by_kind = {(row['kind'], row['form']): row for row in rows if row['model'].startswith(f'splitmixer_{kind}_')}
-        assert len({by_kind[roofline.FORWARD, form]['operations'] for form in roofline.FORMS}) == 1
-        assert [by_kind['norm', form]['calls'] for form in roofline.FORMS] == ['25', '25', '17']
+        assert len({by_kind[roofline.FORWARD, form]['operations'] for form in FORMS}) == 1
+        assert [by_kind['norm', form]['calls'] for form in FORMS] == ['25', '25', '17']
     if fused_cpu._has_onednn(torch.float32):  # convolutions of type IV have the activation in them but where k x 1
         assert by_kind['activation', 'optimized']['calls'] == '8'
     assert {row['form'] for row in rows if row['model'].startswith('convmixer')} == {'created'}
@@ -111,6 +113,28 @@ def test_forms(run, tmp_path, monkeypatch):
     names = [line.split('|')[1].strip() for line in report.roofline_tables().splitlines() if line.startswith('|')]
     kinds = ('I, α = 2/3', 'IV, s = 2')
     assert names[2:] == ['ConvMixer', *(f'{kind}{form}' for kind in kinds for form in (', plain', '', ', optimized'))]
+
+
+@INDUCTOR
+@pytest.mark.compile
+def test_compiled_form(run, tmp_path):
+    """ Spatial mixing is a kernel for each block that reads and writes the features, with the plain one's operations."""
+    model = 'splitmixer_i_256_8_ks7_p7'
+    assert run('--models', model, '--forms', 'plain', 'optimized compiled')[0] == 0
+    path, = tmp_path.iterdir()
+    by_kind = {(row['kind'], row['form']): row for row in roofline.RooflineResults(path).rows.values()}
+    kinds = {kind for kind, form in by_kind if form == 'optimized compiled'}
+    assert {'spatial mixing', 'pooling', 'product'} < kinds
+    assert not kinds & {'depthwise', 'activation', 'norm', 'sum'}
+    kernels = by_kind['spatial mixing', 'optimized compiled']
+    assert (kernels['calls'], by_kind['pooling', 'optimized compiled']['calls']) == ('8', '1')
+    features = 2 * 4 * 4 * 256
+    assert int(kernels['operations']) == 8 * 2 * 14 * features == int(by_kind['depthwise', 'plain']['operations'])
+    assert int(kernels['bytes']) == 8 * 4 * (2 * features + (8 + 14) * 256)
+    assert float(kernels['seconds']) > 0
+    forwards = [by_kind[roofline.FORWARD, form] for form in ('plain', 'optimized compiled')]
+    assert forwards[0]['operations'] == forwards[1]['operations']
+    assert int(forwards[1]['bytes']) < int(forwards[0]['bytes'])
 
 
 @pytest.fixture
