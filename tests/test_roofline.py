@@ -118,7 +118,7 @@ def test_forms(run, tmp_path, monkeypatch):
 @INDUCTOR
 @pytest.mark.compile
 def test_compiled_form(run, tmp_path):
-    """ Spatial mixing is a kernel for each block that reads and writes the features, with the plain one's operations."""
+    """ Spatial mixing is a kernel for each block, which reads and writes the features: with the same operations."""
     model = 'splitmixer_i_256_8_ks7_p7'
     assert run('--models', model, '--forms', 'plain', 'optimized compiled')[0] == 0
     path, = tmp_path.iterdir()
