@@ -1,8 +1,8 @@
 // What lies between the products of a SplitMixer, for inference on a CPU. compiled_cpu.py has it compiled, and says in
 // torch's operations what is computed here.
 //
-// Features are (N, H, W, C) in fp32 or bf16, arithmetic is in fp32. Spatial mixing goes through an image row by row, for
-// a few channels at a time: what it needs of the rows before stays in the cache, so that features are read once and
+// Features are (N, H, W, C) in fp32 or bf16, arithmetic is in fp32. Spatial mixing goes through an image row by row, a
+// few channels at a time: what it needs of the rows before stays in the cache, so that features are read once and
 // written once.
 #include <torch/csrc/inductor/cpp_prefix.h>
 #include <ATen/cpu/vec/vec.h>
@@ -76,8 +76,8 @@ inline void store(BFloat16* target, const Vec* x, Index count) {
   }
 }
 
-// GELU as x * (0.5 + b P(b * b)), where b is x within bounds: for features in bf16 with a polynomial within 1.4e-5 of half
-// of erf(b / sqrt(2)), for those in fp32 with a ratio of two within 0.9e-8. Both are minimax fits, which take less
+// GELU as x * (0.5 + b P(b * b)), where b is x within bounds: for features in bf16 with a polynomial within 1.4e-5 of
+// half of erf(b / sqrt(2)), for those in fp32 with a ratio of two within 0.9e-8. Both are minimax fits, which take less
 // arithmetic than torch's. At the bounds they are so near to 0.5, in this order of operations, that no multiple of x is
 // left of a large negative x.
 template <typename T>
@@ -139,6 +139,7 @@ inline void multiply_add(Vec* out, const float* in, Vec weight) {
   }
 }
 
+// act_affine of all features.
 template <typename T>
 void act_affine(
     const T* x, T* out, Index N, Index H, Index W, Index C, const float* parts, bool is_gelu, int threads) {

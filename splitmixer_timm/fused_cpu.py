@@ -486,9 +486,11 @@ class FusedSplitMixer(FusedModel):
             if is_pooled and last.pool is not None:
                 yield [last.pool(piece).to(self.dtype)]
                 continue
-            if last.complete is not None:
-                piece = last.complete(piece)
-            features = [x.permute(0, 3, 1, 2).to(self.dtype) for x in (*features, piece)]
+            if len(blocks[:depth]) - 1 in taken:
+                features.append(features[-1])
+            else:
+                features.append(piece if last.complete is None else last.complete(piece))
+            features = [x.permute(0, 3, 1, 2).to(self.dtype) for x in features]
             yield [*features[:-1], self.global_pool(features[-1])] if is_pooled else features
 
     @torch.autocast('cpu', enabled=False)

@@ -300,6 +300,15 @@ class TestCompile:
                 torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
                 torch.testing.assert_close(fused.forward_head(actual[0]), model.forward_head(expected[0]))
 
+    def test_last_features_are_completed_once(self, passes, images, monkeypatch):
+        calls, make = [], fused_cpu.act_affine_kernel
+        monkeypatch.setattr(
+            fused_cpu, 'act_affine_kernel', lambda *args: lambda x: [calls.append(x), make(*args)(x)][1])
+        fused = optimize_for_inference(build(), compile=True)
+        features, intermediates = fused.forward_intermediates(images)
+        assert len(calls) == len(intermediates) == 3
+        assert torch.equal(features, intermediates[-1])
+
     @pytest.mark.parametrize('kind', ['i', 'iv'])
     def test_loads_weights(self, kind, passes, images):
         one, other = (
