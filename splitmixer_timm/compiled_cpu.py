@@ -159,24 +159,16 @@ def act_affine_mean_kernel(
     return _kernel('act_affine_mean', dtype, (scale, shift), (act == 'gelu',), is_pooled=True)
 
 
-def spatial_mixing_kernel(
-        dtype: torch.dtype,
-        scale: torch.Tensor,
-        shift: torch.Tensor,
-        act: str,
-        weight1: torch.Tensor,
-        bias1: torch.Tensor,
-        scale1: torch.Tensor,
-        shift1: torch.Tensor,
-        act1: str,
-        weight2: torch.Tensor,
-        bias2: torch.Tensor,
-        scale2: torch.Tensor,
-        shift2: torch.Tensor,
-        act2: str,
-        is_residual: bool,
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """ `spatial_mixing` of features of a data type, fp32 or bf16."""
-    rows = scale, shift, bias1, scale1, shift1, bias2, scale2, shift2, weight1, weight2
+def spatial_mixing_kernel(dtype: torch.dtype, *parts: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """ `spatial_mixing` of features of a data type.
+
+    Args:
+        dtype: The data type, fp32 or bf16.
+        parts: All that `spatial_mixing` takes after the features.
+    """
+    scale, shift, act, *of_convs, is_residual = parts
+    (weight1, *vectors1, act1), (weight2, *vectors2, act2) = of_convs[:5], of_convs[5:]
     are_gelu = (a == 'gelu' for a in (act, act1, act2))
-    return _kernel('spatial_mixing', dtype, rows, (len(weight1), len(weight2), *are_gelu, is_residual))
+    return _kernel(
+        'spatial_mixing', dtype, (scale, shift, *vectors1, *vectors2, weight1, weight2),
+        (len(weight1), len(weight2), *are_gelu, is_residual))
