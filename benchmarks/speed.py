@@ -18,6 +18,7 @@ import io
 import statistics
 import sys
 import tempfile
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -100,6 +101,13 @@ def _openvino(model: nn.Module, images: torch.Tensor, precision: str) -> Callabl
     return lambda x: torch.from_numpy(compiled(x.numpy())[0])
 
 
+def optimize_compiled(model: nn.Module, **kwargs: Any) -> nn.Module:
+    """ `optimize_for_inference` with compiled kernels; an error where it would only warn that there are none."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', 'optimize_for_inference')
+        return optimize_for_inference(model, compile=True, **kwargs)
+
+
 def computes_bfloat16(device: torch.device) -> bool:
     return device.type != 'cpu' or has_bfloat16()
 
@@ -122,10 +130,9 @@ def inference_forms(
         if computes_bfloat16(images.device):
             yield 'optimized bf16', lambda: optimize_for_inference(model, dtype=torch.bfloat16)
         if images.device.type == 'cpu':  # on CUDA it has kernels in any case
-            yield 'optimized compiled', lambda: optimize_for_inference(model, compile=True)
+            yield 'optimized compiled', lambda: optimize_compiled(model)
             if computes_bfloat16(images.device):
-                yield 'optimized compiled bf16', lambda: optimize_for_inference(
-                    model, dtype=torch.bfloat16, compile=True)
+                yield 'optimized compiled bf16', lambda: optimize_compiled(model, dtype=torch.bfloat16)
     if images.device.type == 'cpu' and find_spec('onnxscript'):
         if find_spec('onnxruntime'):
             yield 'ONNX Runtime', lambda: _session(plain, images)

@@ -471,7 +471,7 @@ class FusedSplitMixer(FusedModel):
             depth: Optional[int] = None,
             is_pooled: bool = False,
     ) -> Iterator[List[torch.Tensor]]:
-        """ `_features` of the batch, a few images at a time; the last are pooled if that is asked for."""
+        """ `_features` of the batch, a few images at a time, or only what `global_pool` makes of the last ones."""
         self._check_input(x)
         is_recorded = _is_recorded()
         step, *blocks = self._prepare(is_recorded) if is_recorded else self._functions()
@@ -491,7 +491,7 @@ class FusedSplitMixer(FusedModel):
             else:
                 features.append(piece if last.complete is None else last.complete(piece))
             features = [x.permute(0, 3, 1, 2).to(self.dtype) for x in features]
-            yield [*features[:-1], self.global_pool(features[-1])] if is_pooled else features
+            yield [self.global_pool(features[-1])] if is_pooled else features
 
     @torch.autocast('cpu', enabled=False)
     def _features(self, x: torch.Tensor, taken: Sequence[int] = (), depth: Optional[int] = None) -> List[torch.Tensor]:
@@ -529,18 +529,22 @@ class FusedSplitMixer(FusedModel):
         return logits[0] if len(logits) == 1 else torch.cat(logits)
 
 
-def _has_kernels() -> bool:
-    """ Whether there are compiled kernels; if not, a warning says why."""
+def _missing_kernels() -> Optional[str]:
+    """ Why there are no compiled kernels, None if there are."""
     try:
         library()
     except Exception as e:
-        warnings.warn(f'A model optimized with compile=True runs without kernels for {_reason(e)}.', stacklevel=2)
-        return False
-    return True
+        # of a compiler's error the command comes first, which is long, and the reason last
+        return f'want of a C++ compiler that works ({type(e).__name__}: {str(e).strip()[-400:]})'
+    return None
 
 
-def _reason(error: Exception) -> str:
-    return f'want of a C++ compiler that works ({type(error).__name__}: {str(error).strip()[:400]})'
+def _has_kernels() -> bool:
+    """ Whether there are compiled kernels; if not, a warning says why."""
+    missing = _missing_kernels()
+    if missing:
+        warnings.warn(f'A model optimized with compile=True runs without kernels for {missing}.', stacklevel=1)
+    return not missing
 
 
 class CompiledSplitMixer(FusedSplitMixer):
@@ -592,10 +596,7 @@ def build(model: SplitMixer, dtype: torch.dtype, compile: bool = False) -> Fused
     check_supported(model)
     form = CompiledSplitMixer if compile else FusedSplitMixer
     fused = form(model, dtype, dtype if has_bfloat16() else torch.float32)
-    if compile:
-        try:
-            library()
-        except Exception as e:
-            raise NotCompiled(_reason(e)) from e
+    if compile and (missing := _missing_kernels()):
+        raise NotCompiled(missing)
     fused._functions()  # now, not at the first call
     return fused

@@ -7,12 +7,14 @@ from importlib.util import find_spec
 
 import pytest
 import report
+import roofline
 import speed
 import timm
 import torch
 from conftest import BF16, ROOT
 from reference import plain_model, randomize
 
+from splitmixer_timm import fused_cpu
 from splitmixer_timm.machine import has_bfloat16
 
 OTHERS = ('ONNX Runtime', 'OpenVINO', 'OpenVINO bf16')
@@ -129,6 +131,19 @@ def test_inference(results, monkeypatch, capsys, has_bfloat16):
     assert 'inference, fp32 but where said otherwise, batch 2, memory returned' in text
     assert text.count('| `splitmixer_i_256_8` |') == 2
     assert ('optimized bf16' in text) == ('optimized compiled bf16' in text) == has_bfloat16
+
+
+def test_no_kernels(monkeypatch):
+    """ Without a compiler there is an error, not the time of another form."""
+    def no_compiler():
+        raise RuntimeError('no compiler')
+
+    monkeypatch.setattr(fused_cpu, 'library', no_compiler)
+    model = timm.create_model('splitmixer_i_256_8', depth=1).eval()
+    with pytest.raises(UserWarning, match='compiles nothing for want of a C.. compiler .*no compiler'):
+        speed.optimize_compiled(model)
+    with pytest.raises(UserWarning, match='no compiler'):
+        roofline.FORMS['optimized compiled'](model)
 
 
 @pytest.mark.skipif(not find_spec('onnxscript') or not find_spec('openvino'), reason='needs onnxscript and openvino')
