@@ -84,7 +84,8 @@ def library() -> ctypes.CDLL:
     Raises:
         Exception: What torch raises without a compiler that works.
     """
-    from torch._inductor.codecache import CppCodeCache  # takes its time to import
+    # torch.utils.cpp_extension would need ninja, and does not compile for the processor's vectors
+    from torch._inductor.codecache import CppCodeCache
 
     # the version, as torch's headers are compiled too
     kernels = CppCodeCache.load(f'// torch {torch.__version__}\n{SOURCE.read_text(encoding="utf-8")}')

@@ -60,7 +60,7 @@ def _has_onednn(dtype: torch.dtype) -> bool:
 
 def _multiplies_in_place(dtype: torch.dtype) -> bool:
     """ Whether MKL multiplies channels where they lie among others, which oneDNN would copy together first."""
-    is_avx2 = torch.backends.cpu.get_cpu_capability() == 'AVX2'  # with AVX-512 it was not tried
+    is_avx2 = torch.backends.cpu.get_cpu_capability() == 'AVX2'  # with AVX-512 that is no faster
     return is_avx2 and dtype == torch.float32 and torch.backends.mkl.is_available()
 
 
@@ -563,10 +563,9 @@ class CompiledSplitMixer(FusedSplitMixer):
         has_kernels = not is_recorded and _has_kernels()
 
         def step(function: Function, *last: Any) -> Step:
-            if not has_kernels:
-                return Step(function, lambda x: act_affine(x, *last))
-            kernels = (kernel(self.compute_dtype, *last) for kernel in (act_affine_kernel, act_affine_mean_kernel))
-            return Step(function, *kernels)
+            if has_kernels:
+                return Step(function, act_affine_kernel(self.compute_dtype, *last))
+            return Step(function, lambda x: act_affine(x, *last))
 
         last = self.affine.scale, self.affine.shift, self.act
         steps = [step(self.stem.prepare(onednn), *last)]
@@ -574,6 +573,8 @@ class CompiledSplitMixer(FusedSplitMixer):
             function = block.prepare(onednn, has_kernels, last)
             last = block.scale, block.shift, block.act
             steps.append(step(function, *last))
+        if has_kernels:
+            steps[-1] = steps[-1]._replace(pool=act_affine_mean_kernel(self.compute_dtype, *last))
         return steps
 
 

@@ -32,7 +32,7 @@ class Compared(nn.Module):
         self.fast = [optimize_for_inference(model.eval(), compile=form) for form in forms]
         self.halves = [
             optimize_for_inference(model, dtype=torch.bfloat16, compile=form) for form in forms if has_bfloat16()]
-        self.others = [0 for half in self.halves]
+        self.others = [0] * len(self.halves)
         self.seen = 0
 
     def forward(self, images):

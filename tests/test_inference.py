@@ -4,6 +4,7 @@ import io
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import textwrap
@@ -529,6 +530,22 @@ class TestKernels:
                 assert out[0] == 0
                 assert out[1] != out[1]
                 assert out[2] == torch.inf
+
+    def test_fits(self):
+        """ Half of erf, as the source has it: by the coefficients that it computes with, in fp64."""
+        def evaluate(name, square):
+            coefficients = torch.tensor([float(c) for c in values[name].replace('f', '').split(',')])
+            return sum(c.double() * square**i for i, c in enumerate(coefficients))
+
+        source = compiled_cpu.SOURCE.read_text(encoding='utf-8')
+        for dtype, error in (('float', 1.6e-8), ('BFloat16', 1.4e-5)):
+            body = re.search(rf'inline Vec gelu<{dtype}>.*?\n}}\n', source, re.DOTALL)[0]
+            values = dict(re.findall(r'([PQ])\[\] = {(.*?)}', body, re.DOTALL))
+            bound = torch.tensor(float(re.search(r'BOUND = ([\d.]+)f', body)[1])).item()
+            x = torch.linspace(0, bound, 100_001, dtype=torch.float64)
+            fit = x * evaluate('P', x**2) / (evaluate('Q', x**2) if 'Q' in values else 1)
+            assert (fit - torch.erf(x / 2**0.5) / 2).abs().max() < error
+            assert 0.5 - math.erf(bound / 2**0.5) / 2 < error
 
     @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ('AVX2', 'AVX512'), reason='needs AVX2')
     @pytest.mark.parametrize('capability', ['avx2', 'default'])
