@@ -8,8 +8,10 @@ black.
 import re
 from typing import Any, Callable, Dict, Optional, Tuple
 
+import torch
 from timm.data import auto_augment, transforms_factory
 from torchvision import transforms
+from torchvision.transforms.autoaugment import _apply_op
 
 __all__ = ['BINS', 'RandAugment', 'torchvision_rand_augment']
 
@@ -25,6 +27,30 @@ class RandAugment(transforms.RandAugment):
         if self._space[0] != args:
             self._space = args, super()._augmentation_space(*args)
         return self._space[1]
+
+    def batch(self, images: torch.Tensor) -> torch.Tensor:
+        """ Augment the images of a batch, each by operations of its own, those of the same operation together.
+
+        Args:
+            images: Images (B, C, H, W) in uint8, of 1 or 3 channels.
+
+        Returns:
+            Images of the same shape.
+        """
+        images = images.clone()
+        space = self._augmentation_space(self.num_magnitude_bins, tuple(images.shape[-2:]))
+        for _ in range(self.num_ops):
+            drawn = torch.randint(len(space), (len(images),))
+            is_negative = torch.randint(2, (len(images),)).bool()
+            for n, (name, (magnitudes, is_signed)) in enumerate(space.items()):
+                magnitude = float(magnitudes[self.magnitude]) if magnitudes.ndim else 0.
+                parts = ((magnitude, ~is_negative), (-magnitude, is_negative)) if is_signed else ((magnitude, True),)
+                for amount, is_part in parts:
+                    index = ((drawn == n) & is_part).nonzero().flatten()
+                    if len(index):
+                        images[index] = _apply_op(
+                            images[index], name, amount, interpolation=self.interpolation, fill=self.fill)
+        return images
 
 
 def torchvision_rand_augment(config: str) -> RandAugment:

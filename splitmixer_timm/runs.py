@@ -22,8 +22,8 @@ HUB_SCHEMES = ('hfds', 'hfids')  # of train.py's `--dataset`: Hugging Face datas
 # what may differ between the parts of a run, and between its seeds: mixed precision is as the device has it, and how
 # often it is measured changes no weight
 LOCAL_ARGS = {'data', 'data_dir', 'output', 'device', 'workers', 'amp', 'amp_dtype', 'val_interval'}
-# modules for train.py that make it faster, and change nothing else in what it computes
-FUSED, GRAPHS, SHARED = 'splitmixer_timm.train_fused', 'splitmixer_timm.train_graphs', 'splitmixer_timm.shared_images'
+# modules for train.py that make it faster, and change nothing else in what it computes, but for single pixels
+FUSED, GRAPHS, BATCHES = 'splitmixer_timm.train_fused', 'splitmixer_timm.train_graphs', 'splitmixer_timm.batch_augment'
 KERNELS = {FUSED, GRAPHS}
 
 loading = threading.RLock()  # what torch may unpickle is a setting of the whole process
@@ -49,7 +49,7 @@ def comparable_args(run_args: Dict[str, Any]) -> Dict[str, Any]:
     """ Arguments that are the same in all parts of a run: without where it runs, and how fast."""
     args = {key: value for key, value in run_args.items() if key not in LOCAL_ARGS}
     if args.get('device_modules'):
-        args['device_modules'] = [module for module in args['device_modules'] if module not in {*KERNELS, SHARED}]
+        args['device_modules'] = [module for module in args['device_modules'] if module not in {*KERNELS, BATCHES}]
     if args.get('opt_kwargs'):
         args['opt_kwargs'] = {key: value for key, value in args['opt_kwargs'].items() if key != 'fused'}
     return args

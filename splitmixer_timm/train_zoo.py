@@ -8,8 +8,8 @@ differs from it (`args`) and the seeds, the first of which is published. `DATA/c
 a GPU, bf16 on a CPU that has it, none on others, but where the queue says otherwise. Needs the `bench` extra.
 
 On a GPU, `--fused` trains SplitMixers by the kernels of `fuse_for_training`, and all by torch's fused AdamW;
-`--cuda-graphs` launches the kernels as CUDA graphs. Where augmentation on the CPU holds several runs up,
-`--share-images /dev/shm` has those of a data set augment each image once an epoch for all of them.
+`--cuda-graphs` launches the kernels as CUDA graphs. Where augmentation on the CPU holds runs up, `--batch-augment` has
+it done a batch at a time.
 """
 import argparse
 import datetime
@@ -20,9 +20,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from importlib.util import find_spec
@@ -56,13 +55,13 @@ from .image_folders import SOURCES
 from .machine import device_name, has_bfloat16
 from .run import environment
 from .runs import (
+    BATCHES,
     FIRST_ARGS,
     FUSED,
     GRAPHS,
     KERNELS,
     MADE_ON,
     RECIPES_DIR,
-    SHARED,
     checkpoint_epoch,
     comparable_args,
     finished_epochs,
@@ -85,7 +84,6 @@ REPORT_SECONDS = 60.  # where there is no terminal for a progress bar
 # else glibc returns large tensors to the system and fetches them anew, page by page, at each step on a CPU
 KEEP_MEMORY = {'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': str(sys.maxsize)}
 RECIPES_PRECISION = 'amp_dtype float16'  # where nothing is said of it
-SHARED_SPACE = 2**30  # bytes for images that runs share, and for the batches that data loaders hand over beside them
 LOCK_SECONDS = 10.  # data loaders outlive a train.py that was killed by up to this long
 
 
@@ -239,13 +237,13 @@ def mixed_precision(device: str) -> Dict[str, Any]:
 
 
 def precision(run_args: Dict[str, Any]) -> str:
-    """ What a run computes in, by what, and whether on images that it shares, of its arguments of train.py."""
+    """ What a run computes in, and by what, of its arguments of train.py."""
     modules = run_args.get('device_modules') or []
     is_fused = KERNELS & {*modules} and str(run_args.get('device') or 'cuda').startswith('cuda')
     return '; '.join([
         f'amp_dtype {run_args.get("amp_dtype", "float16")}' if run_args.get('amp') else 'amp False',
         *(['fused kernels'] if is_fused else []),
-        *(['images shared with other runs'] if SHARED in modules else []),
+        *(['images augmented in batches'] if BATCHES in modules else []),
     ])
 
 
@@ -352,7 +350,7 @@ def note_seconds(folder: Path, began: float) -> None:
             manifest.replace_file(file, line.encode())
 
 
-def start(run: Run, scripts: Path, machine: str, runs: int, shared: str = '') -> subprocess.Popen:
+def start(run: Run, scripts: Path, machine: str, runs: int) -> subprocess.Popen:
     """ Begin a run, or go on after its last checkpoint; what it prints is kept in its folder.
 
     Args:
@@ -360,7 +358,6 @@ def start(run: Run, scripts: Path, machine: str, runs: int, shared: str = '') ->
         scripts: Folder with timm's train.py.
         machine: What it is trained on, as its model's entry will name it.
         runs: How many share the machine at most, this one included.
-        shared: Folder of the images that runs share, if they do.
 
     Raises:
         RuntimeError: If the folder is in use, or its checkpoints cannot be read.
@@ -401,8 +398,7 @@ def start(run: Run, scripts: Path, machine: str, runs: int, shared: str = '') ->
             return subprocess.Popen(
                 [sys.executable, str(scripts / 'train.py'), '--config', str(run.folder / 'config.yaml')],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                # seeds that had the same images would not show how far seeds are apart
-                env={**allocator, **environment(SPLITMIXER_SHARED_IMAGES=shared and f'{shared}/{run.config["seed"]}')},
+                env={**allocator, **environment()},
                 pass_fds=[held.fileno()] if held else ())
     finally:
         if held:
@@ -444,7 +440,6 @@ def train(
         device: str,
         machine: str,
         jobs: int,
-        shared: str = '',
 ) -> List[str]:
     """ Train the models, `jobs` runs at once, and add each to the zoo when its last run is finished.
 
@@ -481,7 +476,7 @@ def train(
                 run = waiting.pop(0)
                 try:
                     began = time()
-                    running[run.folder] = run, start(run, scripts, machine, at_once, shared), began
+                    running[run.folder] = run, start(run, scripts, machine, at_once), began
                 except (OSError, RuntimeError, ValueError, yaml.YAMLError) as e:
                     fail(f'{run.folder.name}: not started: {e}')
             for folder, (run, process, began) in list(running.items()):
@@ -559,8 +554,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         help='train SplitMixers by the kernels of fuse_for_training, where there is CUDA, and all by fused AdamW')
     parser.add_argument('--cuda-graphs', action='store_true', help='with --fused, launch the kernels as CUDA graphs')
     parser.add_argument(
-        '--share-images', type=Path, metavar='DIR',
-        help='have runs share the augmented images of an epoch, in a folder in memory (150 MB for each of CIFAR)')
+        '--batch-augment', action='store_true',
+        help='augment images of one size a batch at a time, and keep them decoded (150 MB a run on CIFAR)')
     args = parser.parse_args(argv)
     need_matplotlib(parser)
     if args.workers is None:
@@ -570,20 +565,12 @@ def main(argv: Optional[List[str]] = None) -> int:
     for script in ('train.py', 'validate.py'):
         if not (args.scripts / script).is_file():
             parser.error(f'--scripts must be a folder with train.py and validate.py, {args.scripts} has no {script}')
-    if args.share_images and (fcntl is None or not args.share_images.is_dir()):
-        parser.error(f'--share-images must be a folder, on a system with file locks, got {args.share_images}')
-    if args.share_images and (free := shutil.disk_usage(args.share_images).free) < SHARED_SPACE:
-        parser.error(
-            f'--share-images must have {SHARED_SPACE / 2**20:,.0f} MiB free, {args.share_images} has '
-            f'{free / 2**20:,.0f}; of a container, --shm-size sets the size of /dev/shm')
-    if args.share_images and args.jobs == 1:
-        parser.error('--share-images needs --jobs of at least 2')
     if args.fused and args.device.startswith('cuda') and find_spec('triton') is None:
         parser.error('--fused needs Triton, which this torch comes without')
     if args.cuda_graphs and not args.fused:
         parser.error('--cuda-graphs needs --fused')
     fused = [GRAPHS if args.cuda_graphs else FUSED] if args.fused else []
-    modules = [*fused, *([SHARED] if args.share_images else [])]
+    modules = [*fused, *([BATCHES] if args.batch_augment else [])]
     try:
         models = read_queue(
             args.queue, args.names, args.output.resolve(), args.scripts / 'train.py', modules,
@@ -602,12 +589,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             except ValueError as e:
                 parser.error(f'--data-dir: {e}')
     signal.signal(signal.SIGTERM, _end)
-    with ExitStack() as stack:
-        shared = ''
-        if args.share_images:
-            shared = stack.enter_context(tempfile.TemporaryDirectory(
-                prefix='splitmixer-', dir=args.share_images.resolve()))
-        return 1 if train(models, args.scripts, args.data_dir, args.device, machine, args.jobs, shared) else 0
+    return 1 if train(models, args.scripts, args.data_dir, args.device, machine, args.jobs) else 0
 
 
 if __name__ == '__main__':

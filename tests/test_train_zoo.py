@@ -9,7 +9,6 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import timm
@@ -47,8 +46,6 @@ with open(ask / 'started', 'a') as f:
 with open(ask / 'seeds', 'a') as f:
     print(config['seed'], file=f)
 (ask / 'allocator').write_text(os.environ.get('MALLOC_MMAP_MAX_', 'as it is'))
-shared = os.environ.get('SPLITMIXER_SHARED_IMAGES')
-(ask / 'shared').write_text(shared if shared and os.path.isdir(os.path.dirname(shared)) else 'nothing')
 while (ask / 'wait-for-three').exists() and len((ask / 'started').read_text().splitlines()) < 3:
     time.sleep(0.02)
 last = config['epochs'] + config['warmup_epochs'] - 1
@@ -278,34 +275,17 @@ def test_several_at_once(zoo):
 
 
 @pytest.mark.usefixtures('validated')
-@pytest.mark.skipif(train_zoo.fcntl is None, reason='needs file locks')
-def test_shared_images(zoo, monkeypatch, capsys):
-    """ train.py shares images in a folder that is gone afterwards; the entry says so."""
-    memory = zoo.path / 'memory'
-    share = ['--jobs', '2', '--share-images', str(memory)]
+def test_batch_augment(zoo):
+    """ train.py imports the module, and the entry says so; what began without it can go on with it."""
     assert zoo.run(OTHER) == 0
-    assert (zoo.path / 'shared').read_text() == 'nothing'
-    with pytest.raises(SystemExit):
-        zoo.run(OTHER, *share)
-    memory.mkdir()
-    with pytest.raises(SystemExit):
-        zoo.run(OTHER, '--share-images', str(memory))
-    with monkeypatch.context() as context:
-        # as a container's /dev/shm is
-        context.setattr(train_zoo.shutil, 'disk_usage', lambda path: SimpleNamespace(free=2**26))
-        with pytest.raises(SystemExit):
-            zoo.run(OTHER, *share)
-    assert f'must have 1,024 MiB free, {memory} has 64; ' in capsys.readouterr().err
-    monkeypatch.setattr(train_zoo, 'SHARED_SPACE', 0)
+    assert zoo.run(OTHER, '--batch-augment') == 0
+    assert len(zoo.started()) == 1
     shutil.rmtree(zoo.path / 'runs')
-    assert zoo.run(OTHER, *share) == 0
-    shared = Path((zoo.path / 'shared').read_text())
-    assert (shared.parent.parent, shared.name) == (memory, '42')  # seeds do not share
-    assert not list(memory.iterdir())
+    assert zoo.run(OTHER, '--batch-augment') == 0
     training = zoo.entries()[OTHER]['training']
-    assert training['recipe'].endswith('; images shared with other runs')
+    assert training['recipe'].endswith('; images augmented in batches')
     args = yaml.safe_load((manifest.WEIGHTS_DIR / training['args']).read_text())
-    assert args['device_modules'] == [*RECIPES_MODULES, 'splitmixer_timm.shared_images']
+    assert args['device_modules'] == [*RECIPES_MODULES, 'splitmixer_timm.batch_augment']
 
 
 @pytest.mark.parametrize('module', [train_zoo.FUSED, train_zoo.GRAPHS])

@@ -1,0 +1,170 @@
+""" Training images augmented a batch at a time, for timm's train.py where augmentation on the CPU holds up a GPU.
+
+`--device-modules splitmixer_timm splitmixer_timm.randaugment splitmixer_timm.batch_augment`: for images of one size
+(CIFAR, or folders of images that were resized beforehand) flips and torchvision's RandAugment then work on the uint8
+tensor of a batch, in a data loader's process. The distribution of images stays what it was; single pixels may differ,
+as they do between torchvision's operations on tensors and on PIL images. Other transforms are applied to each image as
+ever. Image folders are decoded once and stay in memory, where that takes at most 1 GiB.
+
+Evaluation, images of several sizes, and loaders without timm's prefetcher, go as if this were not there.
+"""
+import logging
+import mmap
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import ImageDataset, dataset_factory
+from timm.data.transforms import MaybePILToTensor, RandomResizedCropAndInterpolation
+from torch import Tensor
+from torchvision import datasets, transforms
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+
+from .randaugment import RandAugment
+
+__all__ = ['BatchCIFAR10', 'BatchCIFAR100', 'BatchImageDataset', 'augment']
+
+KEPT_BYTES = 2**30  # of decoded images, at most
+FLIPS = {transforms.RandomHorizontalFlip: -1, transforms.RandomVerticalFlip: -2}  # the dimension that each reverses
+_UNKNOWN = np.iinfo(np.int64).min  # target of an image that was not decoded yet
+
+_logger = logging.getLogger(__name__)
+
+
+def _one_by_one(images: Tensor, steps: Sequence[Any]) -> Tensor:
+    if not steps:
+        return images
+    return torch.stack([pil_to_tensor(transforms.Compose(steps)(to_pil_image(image))) for image in images])
+
+
+def augment(images: Tensor, steps: Sequence[Any]) -> Tensor:
+    """ Apply transforms of PIL images to a batch.
+
+    Args:
+        images: Images (B, C, H, W) in uint8, of 1 or 3 channels.
+        steps: The transforms, one after the other, which make PIL images of one size.
+
+    Returns:
+        Images (B, C, H', W') in uint8.
+    """
+    waiting: List[Any] = []  # for all images to be taken apart
+    for step in steps:
+        if type(step) is RandAugment:
+            images, waiting = step.batch(_one_by_one(images, waiting)), []
+        elif type(step) in FLIPS:
+            images, waiting = _one_by_one(images, waiting), []
+            is_flipped = torch.rand(len(images)) < step.p
+            images = torch.where(is_flipped[:, None, None, None], images.flip(FLIPS[type(step)]), images)
+        elif waiting or not _takes_all(step, images):
+            waiting.append(step)
+    return _one_by_one(images, waiting)
+
+
+def _takes_all(step: Any, images: Tensor) -> bool:
+    """ Whether a transform crops all of the images, to the size that they have."""
+    height, width = images.shape[-2:]
+    return (
+        type(step) is RandomResizedCropAndInterpolation and step.size == (height, width) and height == width
+        and {*step.scale, *step.ratio} == {1.})
+
+
+class _Batches:
+    """ A data set of which torch's data loaders ask for a whole batch."""
+
+    transform: Any
+    target_transform: Any
+
+    def _batch(self, indices: List[int]) -> Optional[Tuple[np.ndarray, List[Any]]]:
+        """ Images (B, H, W, C) in uint8 and their targets, before transforms; None where they have no one size."""
+        raise NotImplementedError
+
+    def __getitems__(self, indices: List[int]) -> List[Tuple[Any, Any]]:
+        *steps, last = getattr(self.transform, 'transforms', [None])
+        is_augmented = any(type(step) is RandAugment or type(step) in FLIPS for step in steps)
+        batch = self._batch(indices) if is_augmented and type(last) is MaybePILToTensor else None
+        if batch is None:
+            return [self[index] for index in indices]
+        pixels, targets = batch
+        if self.target_transform is not None:
+            targets = [self.target_transform(target) for target in targets]
+        return list(zip(augment(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), steps), targets))
+
+
+class BatchImageDataset(_Batches, ImageDataset):
+    """ timm's image data set, that keeps decoded images and augments batches.
+
+    They are kept in memory that the processes of a data loader share, where these are forked.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._keep()
+
+    def _keep(self) -> None:
+        self._pixels = self._targets = None
+        self._is_one_size = self.input_img_mode in ('L', 'RGB') and not self.load_bytes and (
+            self.additional_features is None)
+        if self._is_one_size:
+            try:
+                pixels, _ = self._decode(0)
+            except OSError:  # timm takes the next image that can be read
+                return
+            if len(self) * pixels.nbytes <= KEPT_BYTES:
+                # anonymous, not torch's shared memory, of which containers may have little
+                self._pixels = np.frombuffer(mmap.mmap(-1, len(self) * pixels.nbytes), np.uint8).reshape(
+                    len(self), *pixels.shape)
+                self._targets = np.frombuffer(mmap.mmap(-1, len(self) * 8), np.int64)
+                self._targets[:] = _UNKNOWN
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ('_pixels', '_targets')}
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._keep()
+
+    def _decode(self, index: int) -> Tuple[np.ndarray, int]:
+        file, target = self.reader[index]
+        with file, Image.open(file) as image:
+            pixels = np.asarray(image.convert(self.input_img_mode))
+        return pixels.reshape(*pixels.shape[:2], -1), -1 if target is None else target
+
+    def _batch(self, indices: List[int]) -> Optional[Tuple[np.ndarray, List[Any]]]:
+        if not self._is_one_size:
+            return None
+        try:
+            if self._pixels is None:
+                pixels, targets = zip(*map(self._decode, indices))
+                return np.stack(pixels), list(targets)
+            for index in indices:
+                if self._targets[index] == _UNKNOWN:
+                    self._pixels[index], self._targets[index] = self._decode(index)
+            return self._pixels[indices], self._targets[indices].tolist()
+        except OSError:  # told by timm, which takes another image
+            return None
+        except ValueError:
+            _logger.warning('Images are of several sizes: they are augmented one by one.')
+            self._is_one_size = False
+            return None
+
+
+class _BatchCIFAR(_Batches):
+    data: np.ndarray
+    targets: List[int]
+
+    def _batch(self, indices: List[int]) -> Tuple[np.ndarray, List[Any]]:
+        return self.data[indices], [self.targets[index] for index in indices]
+
+
+class BatchCIFAR10(_BatchCIFAR, datasets.CIFAR10):
+    """ torchvision's CIFAR-10, that augments batches."""
+
+
+class BatchCIFAR100(_BatchCIFAR, datasets.CIFAR100):
+    """ torchvision's CIFAR-100, that augments batches."""
+
+
+# where timm's create_dataset looks them up
+dataset_factory.ImageDataset = BatchImageDataset
+dataset_factory._TORCH_BASIC_DS.update(cifar10=BatchCIFAR10, cifar100=BatchCIFAR100)
