@@ -372,20 +372,26 @@ def accuracies() -> List[Dict[str, str]]:
     rows = []
     for dataset, peers in PEERS.items():
         for kind, paper in TOP1[dataset].items():
-            name = f'{"convmixer" if kind == "conv" else f"splitmixer_{kind}"}_256_8.{dataset}'
-            model = timm.create_model(name, device='meta')
-            own = dict(
-                dataset=dataset, model='ConvMixer' if kind == 'conv' else kind.upper(),
-                params=str(sum(parameter.numel() for parameter in model.parameters())))
-            rows.append({**own, 'source': 'paper', 'top1': f'{paper:.2f}'})
-            if entry := manifest.entries().get(name):
-                rows.append({
-                    **own, 'source': 'ours', 'top1': f'{entry["metrics"]["top1"]:.2f}',
-                    'epochs': str(entry['training']['epochs'])})
+            arch = f'{"convmixer" if kind == "conv" else f"splitmixer_{kind}"}_256_8'
+            model = timm.create_model(f'{arch}.{dataset}', device='meta')
+            rows.append(dict(
+                dataset=dataset, model=_kind(arch), source='paper', top1=f'{paper:.2f}',
+                params=str(sum(parameter.numel() for parameter in model.parameters()))))
+        for name, entry in sorted(manifest.entries().items()):
+            arch, _, tag = name.partition('.')
+            if entry['dataset'] == dataset:
+                rows.append(dict(
+                    dataset=dataset, model=_kind(arch), source='ours', params=str(entry['params']),
+                    top1=f'{entry["metrics"]["top1"]:.2f}', epochs=str(entry['training']['epochs']),
+                    recipe='' if tag == dataset else tag))
         for model, (millions, paper) in peers.items():
             rows.append(dict(
                 dataset=dataset, model=model, params=str(round(1e6 * millions)), source='peers', top1=f'{paper:.2f}'))
     return rows
+
+
+def _kind(arch: str) -> str:
+    return 'ConvMixer' if arch.startswith('convmixer') else arch.split('_')[1].upper()
 
 
 def draw_accuracies(rows: List[Dict[str, str]], path: Path) -> None:
@@ -412,13 +418,14 @@ def draw_accuracies(rows: List[Dict[str, str]], path: Path) -> None:
             axes.plot(
                 x, y, shape, color=colour, markersize=8, linestyle='none', alpha=0.85,
                 markerfacecolor=colour if row['source'] == 'ours' else 'none')
+            told = dict(textcoords='offset points', fontsize=9, color='#666666')
             if row['source'] == 'peers':
-                axes.annotate(
-                    row['model'], (x, y), xytext=(0, -7), textcoords='offset points', va='top', ha='center',
-                    fontsize=9, color='#666666')
-        epochs = {row['epochs'] for row in rows if row['dataset'] == dataset and 'epochs' in row}
-        told = f', ours after {" and ".join(sorted(epochs, key=int))} epochs' if epochs else ''
-        axes.set(xscale='log', xlabel='parameters', ylabel='top-1 %', title=DATASETS[dataset].name + told)
+                axes.annotate(row['model'], (x, y), xytext=(0, -7), va='top', ha='center', **told)
+            elif row.get('recipe'):
+                axes.annotate(f'{row["recipe"]}, {row["epochs"]} epochs', (x, y), xytext=(8, 0), va='center', **told)
+        epochs = {row['epochs'] for row in rows if row['dataset'] == dataset and row.get('recipe') == ''}
+        after = f', ours after {" and ".join(sorted(epochs, key=int))} epochs' if epochs else ''
+        axes.set(xscale='log', xlabel='parameters', ylabel='top-1 %', title=DATASETS[dataset].name + after)
         axes.margins(x=0.1, y=0.08)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axes.xaxis.set_major_formatter(EngFormatter(sep=''))
@@ -432,7 +439,8 @@ def draw_accuracies(rows: List[Dict[str, str]], path: Path) -> None:
                label="the paper's, after 100"),
         Line2D([], [], linestyle='none', marker=peers[1], color=peers[0], markersize=8,
                label="the paper's comparison (Lv et al. 2022)")]
-    figure.legend(handles=handles, loc='outside lower center', ncols=len(handles), frameon=False, fontsize=10)
+    figure.legend(
+        handles=handles, loc='outside lower center', ncols=len(handles), frameon=False, fontsize=10, columnspacing=1.4)
     reports.save(figure, rows, path)
 
 

@@ -23,7 +23,7 @@ Rows = Sequence[Dict[str, str]]
 # Okabe and Ito's colours, told apart by the colour-blind, and a shape each
 STYLES = {
     'ConvMixer': ('#000000', 's'), 'I': ('#D55E00', 'o'), 'II': ('#0072B2', '^'), 'III': ('#009E73', 'D'),
-    'IV': ('#CC79A7', 'v'), 'others': ('#E69F00', 'X'),
+    'IV': ('#CC79A7', 'v'), 'V': ('#56B4E9', 'P'), 'others': ('#E69F00', 'X'),
 }
 
 

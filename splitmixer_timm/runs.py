@@ -25,6 +25,7 @@ LOCAL_ARGS = {'data', 'data_dir', 'output', 'device', 'workers', 'amp', 'amp_dty
 # modules for train.py that make it faster, and change nothing else in what it computes, but for single pixels
 FUSED, GRAPHS, BATCHES = 'splitmixer_timm.train_fused', 'splitmixer_timm.train_graphs', 'splitmixer_timm.batch_augment'
 KERNELS = {FUSED, GRAPHS}
+SHARED = 'splitmixer_timm.shared_images'  # of an earlier version, by which some of the zoo were trained
 
 loading = threading.RLock()  # what torch may unpickle is a setting of the whole process
 
@@ -49,7 +50,8 @@ def comparable_args(run_args: Dict[str, Any]) -> Dict[str, Any]:
     """ Arguments that are the same in all parts of a run: without where it runs, and how fast."""
     args = {key: value for key, value in run_args.items() if key not in LOCAL_ARGS}
     if args.get('device_modules'):
-        args['device_modules'] = [module for module in args['device_modules'] if module not in {*KERNELS, BATCHES}]
+        faster = {*KERNELS, BATCHES, SHARED}
+        args['device_modules'] = [module for module in args['device_modules'] if module not in faster]
     if args.get('opt_kwargs'):
         args['opt_kwargs'] = {key: value for key, value in args['opt_kwargs'].items() if key != 'fused'}
     return args

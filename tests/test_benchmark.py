@@ -758,6 +758,7 @@ class TestDocuments:
         name, entry = next(iter(zoo.items()))
         monkeypatch.setattr(report.manifest, 'entries', lambda: {name: {**entry, 'metrics': {'top1': 12.3}}})
         changed = report.accuracies()
+        assert [row['recipe'] for row in changed if row['source'] == 'ours'] == ['']
         assert not benchmark_report.is_drawn(changed, picture)
         report.draw_accuracies(changed, picture)
         assert benchmark_report.is_drawn(changed, picture)
