@@ -1,16 +1,18 @@
 """ Training images augmented a batch at a time, for timm's train.py where augmentation on the CPU holds up a GPU.
 
 `--device-modules splitmixer_timm splitmixer_timm.randaugment splitmixer_timm.batch_augment`: for images of one size
-(CIFAR, or folders of images that were resized beforehand) flips and torchvision's RandAugment then work on the uint8
-tensor of a batch, in a data loader's process. The distribution of images stays what it was; single pixels may differ,
-as they do between torchvision's operations on tensors and on PIL images. Other transforms are applied to each image as
-ever. Image folders are decoded once and stay in memory, where that takes at most 1 GiB.
+(CIFAR, or folders of images that were resized beforehand) crops, flips and torchvision's RandAugment then work on the
+uint8 tensor of a batch, in a data loader's process. The distribution of images stays what it was; single pixels may
+differ, as they do between torchvision's operations on tensors and on PIL images. Other transforms are applied to each
+image as ever. Image folders are decoded once and stay in memory, where that takes at most 1 GiB.
 
 Evaluation, images of several sizes, and loaders without timm's prefetcher, go as if this were not there.
 """
 import logging
 import mmap
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+import random
+from functools import partial
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ from timm.data import ImageDataset, dataset_factory
 from timm.data.transforms import MaybePILToTensor, RandomResizedCropAndInterpolation
 from torch import Tensor
 from torchvision import datasets, transforms
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.functional import InterpolationMode, pil_to_tensor, resize, to_pil_image
 
 from .randaugment import RandAugment
 
@@ -50,23 +52,47 @@ def augment(images: Tensor, steps: Sequence[Any]) -> Tensor:
     """
     waiting: List[Any] = []  # for all images to be taken apart
     for step in steps:
-        if type(step) is RandAugment:
-            images, waiting = step.batch(_one_by_one(images, waiting)), []
-        elif type(step) in FLIPS:
-            images, waiting = _one_by_one(images, waiting), []
-            is_flipped = torch.rand(len(images)) < step.p
-            images = torch.where(is_flipped[:, None, None, None], images.flip(FLIPS[type(step)]), images)
-        elif waiting or not _takes_all(step, images):
+        in_batch = _in_batch(step)
+        if in_batch is None:
             waiting.append(step)
+        else:
+            images, waiting = in_batch(_one_by_one(images, waiting)), []
     return _one_by_one(images, waiting)
 
 
-def _takes_all(step: Any, images: Tensor) -> bool:
-    """ Whether a transform crops all of the images, to the size that they have."""
-    height, width = images.shape[-2:]
-    return (
-        type(step) is RandomResizedCropAndInterpolation and step.size == (height, width) and height == width
-        and {*step.scale, *step.ratio} == {1.})
+def _in_batch(step: Any) -> Optional[Callable[[Tensor], Tensor]]:
+    """ The form of a transform for batches, if it has one."""
+    if type(step) is RandAugment:
+        return step.batch
+    if type(step) in FLIPS:
+        return partial(_flip, step)
+    if type(step) is RandomResizedCropAndInterpolation:
+        return partial(_crop, step)
+    return None
+
+
+def _flip(step: Any, images: Tensor) -> Tensor:
+    is_flipped = torch.rand(len(images)) < step.p
+    return torch.where(is_flipped[:, None, None, None], images.flip(FLIPS[type(step)]), images)
+
+
+def _crop(step: RandomResizedCropAndInterpolation, images: Tensor) -> Tensor:
+    """ Crop each image as the transform draws it, those of the same size together."""
+    modes = step.interpolation
+    alike: Dict[Any, List[Tuple[int, int, int]]] = {}  # places of the crops of each size and interpolation
+    for n in range(len(images)):
+        top, left, height, width = step.get_params(images, step.scale, step.ratio)
+        mode = random.choice(modes) if isinstance(modes, (tuple, list)) else modes
+        alike.setdefault((height, width, mode), []).append((n, top, left))
+    made = images.new_empty(*images.shape[:2], *step.size)
+    for (height, width, mode), places in alike.items():
+        crops = torch.stack([images[n, :, top:top + height, left:left + width] for n, top, left in places])
+        if (height, width) != step.size:
+            # of tensors, that is what PIL has by the name of nearest
+            mode = InterpolationMode.NEAREST_EXACT if mode == InterpolationMode.NEAREST else mode
+            crops = resize(crops, step.size, mode, antialias=True)
+        made[[n for n, *_ in places]] = crops
+    return made
 
 
 class _Batches:
@@ -81,7 +107,7 @@ class _Batches:
 
     def __getitems__(self, indices: List[int]) -> List[Tuple[Any, Any]]:
         *steps, last = getattr(self.transform, 'transforms', [None])
-        is_augmented = any(type(step) is RandAugment or type(step) in FLIPS for step in steps)
+        is_augmented = any(map(_in_batch, steps))
         batch = self._batch(indices) if is_augmented and type(last) is MaybePILToTensor else None
         if batch is None:
             return [self[index] for index in indices]
