@@ -148,6 +148,31 @@ class TestTimmScripts:
         assert (tmp_path / 'run' / 'last.pth.tar').is_file()
         assert len((tmp_path / 'run' / 'summary.csv').read_text().splitlines()) == 3
 
+    def test_train_by_batches(self, folders, tmp_path):
+        """ Crops, RandAugment and flips of whole batches, in data loaders' processes, before Mixup and CutMix."""
+        modules = 'splitmixer_timm', 'splitmixer_timm.randaugment', 'splitmixer_timm.batch_augment'
+        seen = """
+import runpy, sys
+from splitmixer_timm import batch_augment
+script, place = sys.argv.pop(1), sys.argv.pop(1)
+augment = batch_augment.augment
+def told(images, steps):
+    with open(place, 'a') as f:
+        print(*images.shape, file=f)
+    return augment(images, steps)
+batch_augment.augment = told
+runpy.run_path(script, run_name='__main__')
+"""
+        done = run(
+            '-c', seen, os.path.join(SCRIPTS, 'train.py'), tmp_path / 'seen',
+            '--config', RECIPE.with_stem('cifar10_plus'), '--dataset', '', '--data-dir', folders, '--device', 'cpu',
+            '--model-kwargs', 'depth=2', 'dim=32', '--batch-size', 32, '--workers', 2, '--amp-dtype', 'bfloat16',
+            '--epochs', 1, '--warmup-epochs', 1, '--device-modules', *modules,
+            '--output', tmp_path, '--experiment', 'run')
+        assert done.returncode == 0, done.stderr
+        assert set((tmp_path / 'seen').read_text().splitlines()) == {'32 3 32 32'}
+        assert len((tmp_path / 'run' / 'summary.csv').read_text().splitlines()) == 3
+
     def test_fine_tune(self, folders, tmp_path):
         """ README's command, on a CPU: without a recipe, from pretrained weights, for another number of classes."""
         readme = (ROOT / 'README.md').read_text(encoding='utf-8')
