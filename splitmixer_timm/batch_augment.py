@@ -4,7 +4,8 @@
 (CIFAR, or folders of images that were resized beforehand) crops, flips and torchvision's RandAugment then work on the
 uint8 tensor of a batch, in a data loader's process. The distribution of images stays what it was; single pixels may
 differ, as they do between torchvision's operations on tensors and on PIL images. Other transforms are applied to each
-image as ever. Image folders are decoded once and stay in memory, where that takes at most 1 GiB.
+image as ever. Image folders are decoded once and stay in memory, where that takes at most 1 GiB (and data loaders are
+forked: others would each keep their own).
 
 Evaluation, images of several sizes, and loaders without timm's prefetcher, go as if this were not there.
 """
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import ImageDataset, dataset_factory
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.transforms import MaybePILToTensor, RandomResizedCropAndInterpolation
 from torch import Tensor
 from torchvision import datasets, transforms
@@ -29,6 +31,8 @@ __all__ = ['BatchCIFAR10', 'BatchCIFAR100', 'BatchImageDataset', 'augment']
 
 KEPT_BYTES = 2**30  # of decoded images, at most
 FLIPS = {transforms.RandomHorizontalFlip: -1, transforms.RandomVerticalFlip: -2}  # the dimension that each reverses
+# interpolations that torchvision has for tensors
+MODES = {InterpolationMode.NEAREST, InterpolationMode.BILINEAR, InterpolationMode.BICUBIC}
 _UNKNOWN = np.iinfo(np.int64).min  # target of an image that was not decoded yet
 
 _logger = logging.getLogger(__name__)
@@ -66,7 +70,7 @@ def _in_batch(step: Any) -> Optional[Callable[[Tensor], Tensor]]:
         return step.batch
     if type(step) in FLIPS:
         return partial(_flip, step)
-    if type(step) is RandomResizedCropAndInterpolation:
+    if type(step) is RandomResizedCropAndInterpolation and set(_modes(step)) <= MODES:
         return partial(_crop, step)
     return None
 
@@ -76,13 +80,17 @@ def _flip(step: Any, images: Tensor) -> Tensor:
     return torch.where(is_flipped[:, None, None, None], images.flip(FLIPS[type(step)]), images)
 
 
+def _modes(step: RandomResizedCropAndInterpolation) -> Sequence[InterpolationMode]:
+    return step.interpolation if isinstance(step.interpolation, (tuple, list)) else [step.interpolation]
+
+
 def _crop(step: RandomResizedCropAndInterpolation, images: Tensor) -> Tensor:
     """ Crop each image as the transform draws it, those of the same size together."""
-    modes = step.interpolation
+    modes = _modes(step)
     alike: Dict[Any, List[Tuple[int, int, int]]] = {}  # places of the crops of each size and interpolation
     for n in range(len(images)):
         top, left, height, width = step.get_params(images, step.scale, step.ratio)
-        mode = random.choice(modes) if isinstance(modes, (tuple, list)) else modes
+        mode = random.choice(modes) if len(modes) > 1 else modes[0]
         alike.setdefault((height, width, mode), []).append((n, top, left))
     made = images.new_empty(*images.shape[:2], *step.size)
     for (height, width, mode), places in alike.items():
@@ -129,8 +137,9 @@ class BatchImageDataset(_Batches, ImageDataset):
 
     def _keep(self) -> None:
         self._pixels = self._targets = None
-        self._is_one_size = self.input_img_mode in ('L', 'RGB') and not self.load_bytes and (
-            self.additional_features is None)
+        # other readers keep a file open, which the processes of a data loader must not share
+        self._is_one_size = type(self.reader) is ReaderImageFolder and self.input_img_mode in ('L', 'RGB') and (
+            not self.load_bytes and self.additional_features is None)
         if self._is_one_size:
             try:
                 pixels, _ = self._decode(0)
@@ -147,8 +156,7 @@ class BatchImageDataset(_Batches, ImageDataset):
         return {key: value for key, value in self.__dict__.items() if key not in ('_pixels', '_targets')}
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._keep()
+        self.__dict__.update(state, _pixels=None, _targets=None)
 
     def _decode(self, index: int) -> Tuple[np.ndarray, int]:
         file, target = self.reader[index]
@@ -160,19 +168,21 @@ class BatchImageDataset(_Batches, ImageDataset):
         if not self._is_one_size:
             return None
         try:
-            if self._pixels is None:
-                pixels, targets = zip(*map(self._decode, indices))
-                return np.stack(pixels), list(targets)
-            for index in indices:
-                if self._targets[index] == _UNKNOWN:
-                    self._pixels[index], self._targets[index] = self._decode(index)
-            return self._pixels[indices], self._targets[indices].tolist()
+            decoded = {
+                index: self._decode(index) for index in indices
+                if self._targets is None or self._targets[index] == _UNKNOWN}
         except OSError:  # told by timm, which takes another image
             return None
-        except ValueError:
+        shapes = {pixels.shape for pixels, _ in decoded.values()}
+        if len(shapes) > 1 or self._pixels is not None and not shapes <= {self._pixels.shape[1:]}:
             _logger.warning('Images are of several sizes: they are augmented one by one.')
             self._is_one_size = False
             return None
+        if self._pixels is None:
+            return np.stack([decoded[index][0] for index in indices]), [decoded[index][1] for index in indices]
+        for index, (pixels, target) in decoded.items():
+            self._pixels[index], self._targets[index] = pixels, target
+        return self._pixels[indices], self._targets[indices].tolist()
 
 
 class _BatchCIFAR(_Batches):

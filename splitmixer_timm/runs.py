@@ -22,7 +22,8 @@ HUB_SCHEMES = ('hfds', 'hfids')  # of train.py's `--dataset`: Hugging Face datas
 # what may differ between the parts of a run, and between its seeds: mixed precision is as the device has it, and how
 # often it is measured changes no weight
 LOCAL_ARGS = {'data', 'data_dir', 'output', 'device', 'workers', 'amp', 'amp_dtype', 'val_interval'}
-# modules for train.py that make it faster, and change nothing else in what it computes, but for single pixels
+# modules for train.py that make it faster, and change nothing else in what it computes, but that the last draws
+# augmentations of the same distribution by other random numbers
 FUSED, GRAPHS, BATCHES = 'splitmixer_timm.train_fused', 'splitmixer_timm.train_graphs', 'splitmixer_timm.batch_augment'
 KERNELS = {FUSED, GRAPHS}
 SHARED = 'splitmixer_timm.shared_images'  # of an earlier version, by which some of the zoo were trained

@@ -555,7 +555,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument('--cuda-graphs', action='store_true', help='with --fused, launch the kernels as CUDA graphs')
     parser.add_argument(
         '--batch-augment', action='store_true',
-        help='augment images of one size a batch at a time, and keep them decoded (150 MB a run on CIFAR)')
+        help='augment images of one size a batch at a time, and keep them decoded (150 MB a run on CIFAR, where its '
+        'data loaders are forked)')
     args = parser.parse_args(argv)
     need_matplotlib(parser)
     if args.workers is None:

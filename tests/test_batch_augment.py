@@ -5,6 +5,7 @@ import pickle
 import random
 import subprocess
 import sys
+import tarfile
 from collections import Counter
 
 import numpy as np
@@ -155,7 +156,7 @@ def test_crops_are_timms(module, size, scale, ratio, interpolation):
     assert made.shape == expected.shape
     apart = (made.int() - expected.int()).abs()
     # where a pixel's middle is on the border of two, PIL may take the other
-    assert (apart > 1).float().mean() < (0.3 if interpolation == 'nearest' else 0.001)
+    assert (apart > 1).float().mean() < (0.1 if interpolation == 'nearest' else 0.001)
     if size == 32 and scale == (1., 1.):
         assert torch.equal(made, images)
 
@@ -185,6 +186,30 @@ def test_loader(module, root):
                 file.write_bytes(b'')  # nothing reads it any more
 
 
+@pytest.mark.parametrize('interpolation', ['lanczos', 'box', 'hamming'])
+def test_interpolations_of_pil_alone(module, interpolation):
+    """ Crops by them are made one by one."""
+    step = RandomResizedCropAndInterpolation(6, (0.5, 1.), (1., 1.), interpolation)
+    images = torch.from_numpy(_pixels(3)).permute(0, 3, 1, 2)
+    random.seed(0)
+    expected = torch.stack([pil_to_tensor(step(to_pil_image(image))) for image in images])
+    random.seed(0)
+    assert torch.equal(module.augment(images, [step, FLIP]), expected.flip(-1))
+
+
+def test_archive(module, root):
+    """ The process of train.py leaves it closed, for those of a data loader to open their own."""
+    archive = root.parent / 'images.tar'
+    with tarfile.open(archive, 'w') as tar:
+        for file in sorted(root.rglob('*.png')):
+            tar.add(file, file.relative_to(root / 'train'))
+    dataset = module.BatchImageDataset(str(archive), reader='')
+    pickle.dumps(dataset)
+    assert vars(dataset.reader).get('tarfile') is None
+    dataset.transform = transforms.Compose([FLIP, MaybePILToTensor()])
+    assert torch.equal(_images(dataset.__getitems__([0, 7])), _flipped()[[0, 7]])
+
+
 def test_too_large_to_keep(module, root, monkeypatch):
     monkeypatch.setattr(module, 'KEPT_BYTES', COUNT * 8 * 8 * 3 - 1)
     dataset = _dataset(root)
@@ -194,11 +219,12 @@ def test_too_large_to_keep(module, root, monkeypatch):
     assert _dataset(root)._pixels is not None
 
 
+@pytest.mark.parametrize('size', [(8, 9), (1, 8)])
 @pytest.mark.parametrize('is_kept', [False, True])
-def test_several_sizes(module, root, monkeypatch, caplog, is_kept):
-    """ Told once; all images are there, one by one."""
+def test_several_sizes(module, root, monkeypatch, caplog, is_kept, size):
+    """ Told once; all images are there, one by one, none of them stretched."""
     monkeypatch.setattr(module, 'KEPT_BYTES', 2**30 if is_kept else 0)
-    Image.fromarray(_pixels(1, (8, 9))[0]).save(root / 'train' / 'class0' / '05.png')
+    Image.fromarray(_pixels(1, size)[0]).save(root / 'train' / 'class0' / '05.png')
     dataset = _dataset(root, transforms.CenterCrop(8), FLIP)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):

@@ -148,6 +148,8 @@ class TestTimmScripts:
         assert (tmp_path / 'run' / 'last.pth.tar').is_file()
         assert len((tmp_path / 'run' / 'summary.csv').read_text().splitlines()) == 3
 
+    @pytest.mark.skipif(
+        torch.multiprocessing.get_start_method() != 'fork', reason='data loaders would not see what is put in place')
     def test_train_by_batches(self, folders, tmp_path):
         """ Crops, RandAugment and flips of whole batches, in data loaders' processes, before Mixup and CutMix."""
         modules = 'splitmixer_timm', 'splitmixer_timm.randaugment', 'splitmixer_timm.batch_augment'
