@@ -29,7 +29,7 @@ from splitmixer_timm.benchmark import Results, Settings
 from splitmixer_timm.benchmark_report import markdown_table as table
 from splitmixer_timm.card import DATASETS, INTENDED_USE, LIMITS
 from splitmixer_timm.complexity import Complexity, measure_complexity
-from splitmixer_timm.paper import BASELINE, PEERS, TABLE3, TOP1, top1
+from splitmixer_timm.paper import BASELINE, PEERS, TABLE3, TOP1, kind_of, top1
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS_DIR = ROOT / 'benchmarks' / 'results'
@@ -375,13 +375,13 @@ def accuracies() -> List[Dict[str, str]]:
             arch = f'{"convmixer" if kind == "conv" else f"splitmixer_{kind}"}_256_8'
             model = timm.create_model(f'{arch}.{dataset}', device='meta')
             rows.append(dict(
-                dataset=dataset, model=_kind(arch), source='paper', top1=f'{paper:.2f}',
+                dataset=dataset, model=_shown(kind), source='paper', top1=f'{paper:.2f}',
                 params=str(sum(parameter.numel() for parameter in model.parameters()))))
         for name, entry in sorted(manifest.entries().items()):
             arch, _, tag = name.partition('.')
             if entry['dataset'] == dataset:
                 rows.append(dict(
-                    dataset=dataset, model=_kind(arch), source='ours', params=str(entry['params']),
+                    dataset=dataset, model=_shown(kind_of(arch)), source='ours', params=str(entry['params']),
                     top1=f'{entry["metrics"]["top1"]:.2f}', epochs=str(entry['training']['epochs']),
                     recipe='' if tag == dataset else tag))
         for model, (millions, paper) in peers.items():
@@ -390,8 +390,8 @@ def accuracies() -> List[Dict[str, str]]:
     return rows
 
 
-def _kind(arch: str) -> str:
-    return 'ConvMixer' if arch.startswith('convmixer') else arch.split('_')[1].upper()
+def _shown(kind: str) -> str:
+    return 'ConvMixer' if kind == 'conv' else kind.upper()
 
 
 def draw_accuracies(rows: List[Dict[str, str]], path: Path) -> None:

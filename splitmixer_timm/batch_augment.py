@@ -4,8 +4,8 @@
 (CIFAR, or folders of images that were resized beforehand) crops, flips and torchvision's RandAugment then work on the
 uint8 tensor of a batch, in a data loader's process. The distribution of images stays what it was; single pixels may
 differ, as they do between torchvision's operations on tensors and on PIL images. Other transforms are applied to each
-image as ever. Image folders are decoded once and stay in memory, where that takes at most 1 GiB (and data loaders are
-forked: others would each keep their own).
+image as ever. Image folders are decoded once and stay in memory, where that takes at most 1 GiB and data loaders are
+forked: others would each keep their own.
 
 Evaluation, images of several sizes, and loaders without timm's prefetcher, go as if this were not there.
 """
@@ -33,7 +33,6 @@ KEPT_BYTES = 2**30  # of decoded images, at most
 FLIPS = {transforms.RandomHorizontalFlip: -1, transforms.RandomVerticalFlip: -2}  # the dimension that each reverses
 # interpolations that torchvision has for tensors
 MODES = {InterpolationMode.NEAREST, InterpolationMode.BILINEAR, InterpolationMode.BICUBIC}
-_UNKNOWN = np.iinfo(np.int64).min  # target of an image that was not decoded yet
 
 _logger = logging.getLogger(__name__)
 
@@ -108,10 +107,8 @@ class _Batches:
 
     transform: Any
     target_transform: Any
-
-    def _batch(self, indices: List[int]) -> Optional[Tuple[np.ndarray, List[Any]]]:
-        """ Images (B, H, W, C) in uint8 and their targets, before transforms; None where they have no one size."""
-        raise NotImplementedError
+    # images (B, H, W, C) in uint8 and their targets, before transforms; None where they have no one size
+    _batch: Callable[[List[int]], Optional[Tuple[np.ndarray, List[Any]]]]
 
     def __getitems__(self, indices: List[int]) -> List[Tuple[Any, Any]]:
         *steps, last = getattr(self.transform, 'transforms', [None])
@@ -136,53 +133,52 @@ class BatchImageDataset(_Batches, ImageDataset):
         self._keep()
 
     def _keep(self) -> None:
-        self._pixels = self._targets = None
+        self._pixels = self._is_kept = None
         # other readers keep a file open, which the processes of a data loader must not share
         self._is_one_size = type(self.reader) is ReaderImageFolder and self.input_img_mode in ('L', 'RGB') and (
             not self.load_bytes and self.additional_features is None)
         if self._is_one_size:
             try:
-                pixels, _ = self._decode(0)
+                pixels = self._decode(0)
             except OSError:  # timm takes the next image that can be read
                 return
             if len(self) * pixels.nbytes <= KEPT_BYTES:
                 # anonymous, not torch's shared memory, of which containers may have little
                 self._pixels = np.frombuffer(mmap.mmap(-1, len(self) * pixels.nbytes), np.uint8).reshape(
                     len(self), *pixels.shape)
-                self._targets = np.frombuffer(mmap.mmap(-1, len(self) * 8), np.int64)
-                self._targets[:] = _UNKNOWN
+                self._is_kept = np.frombuffer(mmap.mmap(-1, len(self)), np.bool_)
 
     def __getstate__(self) -> Dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ('_pixels', '_targets')}
+        return {key: value for key, value in self.__dict__.items() if key not in ('_pixels', '_is_kept')}
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
-        self.__dict__.update(state, _pixels=None, _targets=None)
+        self.__dict__.update(state, _pixels=None, _is_kept=None)
 
-    def _decode(self, index: int) -> Tuple[np.ndarray, int]:
-        file, target = self.reader[index]
-        with file, Image.open(file) as image:
+    def _decode(self, index: int) -> np.ndarray:
+        with Image.open(self.reader.samples[index][0]) as image:
             pixels = np.asarray(image.convert(self.input_img_mode))
-        return pixels.reshape(*pixels.shape[:2], -1), -1 if target is None else target
+        return pixels.reshape(*pixels.shape[:2], -1)
 
     def _batch(self, indices: List[int]) -> Optional[Tuple[np.ndarray, List[Any]]]:
         if not self._is_one_size:
             return None
         try:
             decoded = {
-                index: self._decode(index) for index in indices
-                if self._targets is None or self._targets[index] == _UNKNOWN}
+                index: self._decode(index) for index in indices if self._is_kept is None or not self._is_kept[index]}
         except OSError:  # told by timm, which takes another image
             return None
-        shapes = {pixels.shape for pixels, _ in decoded.values()}
+        shapes = {pixels.shape for pixels in decoded.values()}
         if len(shapes) > 1 or self._pixels is not None and not shapes <= {self._pixels.shape[1:]}:
             _logger.warning('Images are of several sizes: they are augmented one by one.')
             self._is_one_size = False
             return None
+        targets = [self.reader.samples[index][1] for index in indices]
+        targets = [-1 if target is None else target for target in targets]  # as timm has them
         if self._pixels is None:
-            return np.stack([decoded[index][0] for index in indices]), [decoded[index][1] for index in indices]
-        for index, (pixels, target) in decoded.items():
-            self._pixels[index], self._targets[index] = pixels, target
-        return self._pixels[indices], self._targets[indices].tolist()
+            return np.stack([decoded[index] for index in indices]), targets
+        for index, pixels in decoded.items():
+            self._pixels[index], self._is_kept[index] = pixels, True
+        return self._pixels[indices], targets
 
 
 class _BatchCIFAR(_Batches):

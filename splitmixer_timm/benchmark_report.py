@@ -9,7 +9,7 @@ from PIL import Image
 
 from .benchmark import SETTING, VERSIONS, Row, Settings
 from .manifest import entries, replace_file
-from .paper import BASELINE, TABLE3, TOP1
+from .paper import BASELINE, TABLE3, TOP1, kind_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -293,7 +293,7 @@ def draw(rows: Rows, path: Path) -> None:
     middle.set_xlim(left=0)
 
     plain = [row for row in TABLE3 if not row[1]]
-    papers = {row: TOP1['flowers102']['conv' if row == BASELINE else row[0].split('_')[1]] for row in plain}
+    papers = {row: TOP1['flowers102'][kind_of(row[0])] for row in plain}
     points(right, {row: (papers[row], paper_rates[row]) for row in plain if row in paper_rates}, filled=False)
     accuracies = _accuracies()
     points(right, {

@@ -10,10 +10,15 @@ TOP1 = {
 }
 
 
+def kind_of(arch: str) -> str:
+    """ Type of an architecture, as the tables here have it."""
+    return arch.split('_')[1] if arch.startswith('splitmixer') else 'conv'
+
+
 def top1(name: str) -> Optional[float]:
     """ Top-1 in percent of 'arch.tag', None where the paper has none, or the tag's recipe is not the paper's."""
-    kind = name.split('_')[1] if name.startswith('splitmixer') else 'conv'
-    return TOP1.get(name.partition('.')[2], {}).get(kind)
+    arch, _, tag = name.partition('.')
+    return TOP1.get(tag, {}).get(kind_of(arch))
 
 
 # Its comparison, from Lv et al. 2022 (200 epochs): by data set and model, parameters in millions and top-1 in percent

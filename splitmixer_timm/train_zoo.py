@@ -422,12 +422,16 @@ def add(model: Model, scripts: Path, data_dir: Path, device: str) -> Optional[Di
         check_args(run)
     if is_added(model):
         return None
-    precisions = list(dict.fromkeys(part for run in model.runs for part in trained_in(run.folder)))
+    seeds: Dict[str, List[str]] = {}
+    for run in model.runs:
+        seeds.setdefault(', then '.join(dict.fromkeys(trained_in(run.folder))), []).append(str(run.config['seed']))
+    precisions = [*seeds] if len(seeds) == 1 else [
+        f'{"seed" if len(of) == 1 else "seeds"} {" and ".join(of)}: {parts}' for parts, of in seeds.items()]
     # of the published run, as it was last; the queue's may have changed since
     interval = read_args(model.runs[0].folder).get('val_interval', 1)
     recipe = [
         model.recipe, *([f'val_interval {interval}'] if interval != 1 else []),
-        *([', then '.join(precisions)] if precisions != [RECIPES_PRECISION] else [])]
+        *([', '.join(precisions)] if precisions != [RECIPES_PRECISION] else [])]
     return add_runs(
         model.name, [run.folder for run in model.runs], model.dataset, data_dir / model.dataset, scripts,
         '; '.join(recipe), device=device)

@@ -205,7 +205,7 @@ def test_archive(module, root):
             tar.add(file, file.relative_to(root / 'train'))
     dataset = module.BatchImageDataset(str(archive), reader='')
     pickle.dumps(dataset)
-    assert vars(dataset.reader).get('tarfile') is None
+    assert dataset.reader.tar_state.tf is None
     dataset.transform = transforms.Compose([FLIP, MaybePILToTensor()])
     assert torch.equal(_images(dataset.__getitems__([0, 7])), _flipped()[[0, 7]])
 

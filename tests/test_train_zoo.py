@@ -288,6 +288,18 @@ def test_batch_augment(zoo):
     assert args['device_modules'] == [*RECIPES_MODULES, 'splitmixer_timm.batch_augment']
 
 
+@pytest.mark.usefixtures('validated')
+def test_seeds_made_differently(zoo):
+    """ The entry says which was made how, not that one was begun so and ended otherwise."""
+    (zoo.path / f'fail-{NAME}-2').touch()
+    assert zoo.run(NAME) == 1
+    (zoo.path / f'fail-{NAME}-2').unlink()
+    assert zoo.run(NAME, '--batch-augment') == 0
+    part = train_zoo.precision(yaml.safe_load((zoo.path / 'runs' / f'{NAME}-1' / 'args.yaml').read_text()))
+    assert zoo.entries()[NAME]['training']['recipe'].endswith(
+        f'; seed 1: {part}, seed 2: {part}; images augmented in batches')
+
+
 @pytest.mark.parametrize('module', [train_zoo.FUSED, train_zoo.GRAPHS])
 @pytest.mark.parametrize(('device', 'said'), [('cuda', 'amp_dtype float16; fused kernels'), ('cpu', None)])
 def test_fused(zoo, device, said, module):
