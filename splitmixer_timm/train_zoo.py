@@ -10,6 +10,9 @@ a GPU, bf16 on a CPU that has it, none on others, but where the queue says other
 On a GPU, `--fused` trains SplitMixers by the kernels of `fuse_for_training`, and all by torch's fused AdamW;
 `--cuda-graphs` launches the kernels as CUDA graphs. Where augmentation on the CPU holds runs up, `--batch-augment` has
 it done a batch at a time.
+
+`--held-out CSV` compares settings instead: it trains on four fifths of the training images of each class, writes what
+the runs measure on the rest to a file, and adds nothing to the zoo.
 """
 import argparse
 import datetime
@@ -24,10 +27,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from time import monotonic, sleep, time
-from typing import Any, Dict, List, Optional, Sequence, Set, TextIO, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, TextIO, Tuple
 
 import torch
 import yaml
@@ -51,6 +55,7 @@ from .add_run import (
     weights_content,
 )
 from .cli import positive
+from .held_out import SPLITS, hold_out, write_row
 from .image_folders import SOURCES
 from .machine import device_name, has_bfloat16
 from .run import environment
@@ -437,6 +442,21 @@ def add(model: Model, scripts: Path, data_dir: Path, device: str) -> Optional[Di
         '; '.join(recipe), device=device)
 
 
+def add_and_tell(model: Model, scripts: Path, data_dir: Path, device: str) -> Optional[str]:
+    """ Add a model; what it measured, None if the zoo has it already."""
+    entry = add(model, scripts, data_dir, device)
+    return f'top-1 {entry["metrics"]["top1"]:.2f} %' if entry else None
+
+
+def compare(path: Path, model: Model, scripts: Path, data_dir: Path, device: str) -> str:
+    """ Write what a model's finished runs measured on images held out to a CSV file, and tell it."""
+    rows = []
+    for run in model.runs:
+        check_args(run)
+        rows.append(write_row(path, run.folder, model.recipe, data_dir / model.dataset, scripts))
+    return f'top-1 {", ".join(row["top1"] for row in rows)} % of the images held out'
+
+
 def train(
         models: List[Model],
         scripts: Path,
@@ -444,10 +464,20 @@ def train(
         device: str,
         machine: str,
         jobs: int,
+        finish: Callable[[Model, Path, Path, str], Optional[str]] = add_and_tell,
 ) -> List[str]:
     """ Train the models, `jobs` runs at once, and add each to the zoo when its last run is finished.
 
     Models are measured one at a time while others train. What fails is told at once, and the others go on.
+
+    Args:
+        models: What to train.
+        scripts: Folder with timm's scripts.
+        data_dir: Folder with a folder for each data set.
+        device: Device to train on.
+        machine: What that is, as entries will name it.
+        jobs: Runs at once.
+        finish: What is done with a model whose runs are finished; it returns what there is to tell of it.
 
     Returns:
         What went wrong, a line for each run or model that failed.
@@ -502,14 +532,14 @@ def train(
             for model in ended:
                 models.remove(model)
                 if all(run.is_finished(planned[run.folder]) for run in model.runs):
-                    adding[model.name] = executor.submit(add, model, scripts, data_dir, device)
+                    adding[model.name] = executor.submit(finish, model, scripts, data_dir, device)
                 elif not any(failure.startswith(f'{run.folder.name}: ') for failure in failures for run in model.runs):
                     fail(f'{model.name}: not added: its runs are not finished')
             for name in [name for name, future in adding.items() if future.done()]:
                 try:
-                    entry = adding.pop(name).result()
-                    if entry:
-                        tell(f'{name}: top-1 {entry["metrics"]["top1"]:.2f} %')
+                    measured = adding.pop(name).result()
+                    if measured:
+                        tell(f'{name}: {measured}')
                 except Exception as e:  # the others go on, whatever a run has amiss
                     fail(f'{name}: not added: {type(e).__name__}: {e}')
             if models or adding:
@@ -561,6 +591,10 @@ def main(argv: Optional[List[str]] = None) -> int:
         '--batch-augment', action='store_true',
         help='augment images of one size a batch at a time, and keep them decoded (150 MB a run on CIFAR, where its '
         'data loaders are forked)')
+    parser.add_argument(
+        '--held-out', type=Path, metavar='CSV',
+        help='hold out a fifth of the training images, and write what is measured on them to this file: to compare '
+        'settings, adding nothing to the zoo')
     args = parser.parse_args(argv)
     need_matplotlib(parser)
     if args.workers is None:
@@ -576,11 +610,13 @@ def main(argv: Optional[List[str]] = None) -> int:
         parser.error('--cuda-graphs needs --fused')
     fused = [GRAPHS if args.cuda_graphs else FUSED] if args.fused else []
     modules = [*fused, *([BATCHES] if args.batch_augment else [])]
+    data_dir = args.data_dir.resolve() if args.held_out is None else args.output.resolve() / 'held_out'
+    finish = add_and_tell if args.held_out is None else partial(compare, args.held_out)
     try:
         models = read_queue(
             args.queue, args.names, args.output.resolve(), args.scripts / 'train.py', modules,
-            data_dir=args.data_dir.resolve(), device=args.device, workers=args.workers,
-            **mixed_precision(args.device))
+            data_dir=data_dir, device=args.device, workers=args.workers,
+            **mixed_precision(args.device), **({} if args.held_out is None else SPLITS))
         machine = device_name(args.device)
     except ValueError as e:
         parser.error(str(e))
@@ -593,8 +629,14 @@ def main(argv: Optional[List[str]] = None) -> int:
                 check_images(args.data_dir / dataset / split, dataset)
             except ValueError as e:
                 parser.error(f'--data-dir: {e}')
+    if args.held_out is not None:
+        try:
+            for dataset in {model.dataset for model in models}:
+                hold_out(args.data_dir / dataset / 'train', data_dir / dataset)
+        except OSError as e:
+            parser.error(f'--held-out: {e}')
     signal.signal(signal.SIGTERM, _end)
-    return 1 if train(models, args.scripts, args.data_dir, args.device, machine, args.jobs) else 0
+    return 1 if train(models, args.scripts, data_dir, args.device, machine, args.jobs, finish) else 0
 
 
 if __name__ == '__main__':

@@ -1,4 +1,5 @@
 """ `splitmixer_timm.train_zoo`: the queue that trains the zoo. """
+import csv
 import datetime
 import json
 import os
@@ -169,6 +170,33 @@ def test_epochs_by_the_images(zoo):
     (zoo.path / 'queue.yaml').write_text(yaml.safe_dump({OTHER: dict(recipe='cifar100', args=args)}))
     assert zoo.run() == 0
     assert zoo.entries()[OTHER]['training']['epochs'] == 3
+
+
+def test_held_out(zoo, capsys):
+    """ Trained and measured on training images alone; the zoo gets nothing, the file one row for each run."""
+    for folder in (zoo.path / 'data' / 'cifar100' / 'train').iterdir():
+        for number in range(1, 11):
+            (folder / f'{number}.png').touch()
+    table = zoo.path / 'settings.csv'
+    assert zoo.run(OTHER, '--held-out', str(table)) == 0
+    assert f'{OTHER}: top-1 52.00 % of the images held out' in capsys.readouterr().out
+    assert zoo.entries() == {}
+    held_out = zoo.path / 'runs' / 'held_out' / 'cifar100'
+    assert runs.read_args(zoo.path / 'runs' / f'{OTHER}-42')['data_dir'] == str(held_out)
+    # of 0, 1, 10, 2, ... 9, in order of their names
+    assert {path.name for path in (held_out / 'held_out' / '7').iterdir()} == {'3.png', '8.png'}
+    assert len([*(held_out / 'rest' / '7').iterdir()]) == 9
+    row, = csv.DictReader(table.read_text().splitlines())
+    assert (row['model'], row['seed'], row['epochs'], row['top1']) == (OTHER, '42', '3', '52.00')
+    assert (row['trained_on'], row['images'], row['machine']) == ('900', '200', device_name('cpu'))
+    assert row['recipe'] == 'cifar100; epochs 2 after 1 of warm-up; lr_cycle_limit 1; lr 0.01'
+    # other settings are added, and the same again are no second row; it is no run for the zoo
+    queue = {OTHER: QUEUE[OTHER], f'{OTHER}_lr': dict(recipe='cifar100', args=dict(QUEUE[OTHER]['args'], lr=0.02))}
+    (zoo.path / 'queue.yaml').write_text(yaml.safe_dump(queue, sort_keys=False))
+    assert zoo.run('--held-out', str(table)) == 0
+    assert [row['recipe'][-7:] for row in csv.DictReader(table.read_text().splitlines())] == ['lr 0.01', 'lr 0.02']
+    assert zoo.run(OTHER) == 1
+    assert "was trained with train_split 'rest', not train.py's default" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('split', ['train', 'validation'])
@@ -749,3 +777,10 @@ def test_with_timms_scripts(zoo, tmp_path):
     assert entry['training']['epochs'] == 2
     assert entry['training']['recipe'].endswith('amp_dtype bfloat16' if has_bfloat16() else 'amp False')
     assert runs.RECIPES_DIR.name not in entry['training']['args']
+    # held out: of 8 images of a class the fifth
+    table = tmp_path / 'settings.csv'
+    assert train_zoo.main([*command, '--output', str(tmp_path / 'compared'), '--held-out', str(table)]) == 0
+    row, = csv.DictReader(table.read_text().splitlines())
+    assert (row['trained_on'], row['images'], row['epochs']) == ('70', '10', '2')
+    assert 0 <= float(row['top1']) <= 100
+    assert zoo.entries()[NAME] == entry
