@@ -195,7 +195,7 @@ class SpatialMixing(Function):
         moments1 = launch.norm(sums, mixing.norm1, weight1, shift1, params[K + 1:K + 3])
         u = torch.empty_like(x)
         sums = launch.spatial(
-            kernels.spatial_kernel.fn, 2, K, x, u, params, RESIDUAL=False, TRAINING=True, **launch.common)
+            kernels.spatial_kernel.fn, 2, K, x, u, params, RESIDUAL=False, TRAINING=True, COLS=1, **launch.common)
         affine = params[2 * K + 4:]
         moments2 = launch.norm(sums, mixing.norm2, weight2, shift2, affine)
         y = torch.empty_like(x)

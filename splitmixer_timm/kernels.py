@@ -24,12 +24,14 @@ BLOCK_K = 32
 
 # Under TRITON_INTERPRET=1 the kernels run on the CPU.
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+# Whether kernels may have instructions of NVIDIA's GPUs in them.
+PTX = tl.constexpr(not knobs.runtime.interpret and torch.version.hip is None)
 
 
 def _configs(names: Tuple[str, ...], *configs: Tuple[int, ...]) -> List[triton.Config]:
     """ Configurations to measure at the first call with new sizes: values of `names`, warps, stages."""
     if INTERPRETED:
-        configs = ((4, 8, 16, 2, 1, 1) if len(names) > 1 else (16, 1, 1),)
+        configs = ((4, 4, 16, 2, 2, 1, 1) if len(names) > 1 else (16, 1, 1),)
     return [
         triton.Config(dict(zip(names, values)), num_warps=warps, num_stages=stages)
         for *values, warps, stages in configs
@@ -41,43 +43,74 @@ _tuned = functools.partial(triton.autotune, do_bench=functools.partial(do_bench,
 
 
 @triton.jit
-def _normal_cdf_half(x):
-    """ Normal distribution function by a clamped polynomial, in fewer instructions than by erf: x times it is within
-    7e-5 of GELU, or of |x| where that is large, which is less than half precision rounds off x by."""
-    t = tl.minimum(tl.maximum(x, -4.25), 4.25)
-    s = t * t
-    p = 6.74458997e-11 * s - 6.31731498e-09
-    p = p * s + 2.60238234e-07
-    p = p * s - 6.28470558e-06
-    p = p * s + 0.000100723303
-    p = p * s - 0.00115630482
-    p = p * s + 0.00999114655
-    p = p * s - 0.0666618783
-    p = p * s + 0.399105375
-    return p * t + 0.5
+def _reciprocal(x):
+    if PTX:  # one instruction, where Triton's division takes eight
+        return tl.inline_asm_elementwise(
+            'rcp.approx.ftz.f32 $0, $1;', '=f,f', [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return 1 / x
+
+
+@triton.jit
+def _exp2(x):
+    if PTX:  # Triton's is exact for results that are not normal numbers, which takes three more
+        return tl.inline_asm_elementwise(
+            'ex2.approx.ftz.f32 $0, $1;', '=f,f', [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def _normal_cdf(x, ACT: tl.constexpr):
+    """ Normal distribution function, for GELU as `_act` names it.
+
+    For fp32 half of erf as a ratio of two polynomials, within 1.6e-8 before its roundings, in half as many instructions
+    as by erf (the fit of cpu_kernels.cpp). For half precision, which rounds off more, a logistic function of a
+    polynomial: x times it is within 2.6e-5 of GELU.
+    """
+    if ACT == 'gelu_half':
+        s = tl.minimum(x * x, 52.)  # where the polynomial turns back
+        return _reciprocal(1 + _exp2(x * ((0.00101426306 * s - 0.106775724) * s - 2.30112134)))
+    elif ACT == 'gelu_single':
+        b = tl.minimum(tl.maximum(x, -5.5437171645025325), 5.5437171645025325)
+        s = b * b
+        p = 2.248085295e-08 * s + 6.35248335e-06
+        p = p * s + 0.0001709590045
+        p = p * s + 0.004689937055
+        p = p * s + 0.03407632095
+        p = p * s + 0.398942229
+        q = 1.18970938e-06 * s + 7.42577586e-05
+        q = q * s + 0.00189654506
+        q = q * s + 0.0287712306
+        q = q * s + 0.252082503
+        q = q * s + 1
+        return b * p * _reciprocal(q) + 0.5
+    else:
+        return 0.5 * (1 + tl.math.erf(x * 0.7071067811865476))
 
 
 @triton.jit
 def _activate(x, ACT: tl.constexpr):
-    if ACT == 'gelu':
-        x = 0.5 * x * (1 + tl.math.erf(x * 0.7071067811865476))
-    elif ACT == 'gelu_half':
-        x = x * _normal_cdf_half(x)
-    elif ACT == 'relu':
+    if ACT == 'relu':
         x = tl.where(x < 0, 0., x).to(x.dtype)  # keeps NaN, which on a GPU tl.maximum does not
+    else:
+        x = x * _normal_cdf(x, ACT)
     return x
 
 
 @triton.jit
-def _place(H, W, C, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr):
-    """ Channels, columns and first row that a program works on, offset of its image, number of its (row, column)."""
+def _place(H, W, C, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, COLS: tl.constexpr = 1):
+    """ Channels, columns and first row that a program works on, offset of its image, number of its (row, column).
+
+    Of COLS neighbouring columns the first is given.
+    """
     pid = tl.program_id(0)
     c_blocks = tl.cdiv(C, BC)
-    w_blocks = tl.cdiv(W, BW)
+    w_blocks = tl.cdiv(W, BW * COLS)
     h_blocks = tl.cdiv(H, BH)
     c = pid % c_blocks * BC + tl.arange(0, BC)[None, :]
     pid //= c_blocks
-    w = pid % w_blocks * BW + tl.arange(0, BW)[:, None]
+    w = (pid % w_blocks * BW + tl.arange(0, BW)[:, None]) * COLS
     top = pid // w_blocks % h_blocks * BH
     image = (pid // (w_blocks * h_blocks)).to(tl.int64) * (H * W * C)
     return c, w, top, image, pid
@@ -118,10 +151,10 @@ def _load_neighbours(
 
 
 @triton.jit
-def _dot(kernel, tiles, bias, K: tl.constexpr):
-    y = bias + kernel[0] * tiles[0]
+def _dot(kernel, tiles, bias, K: tl.constexpr, FIRST: tl.constexpr = 0):
+    y = bias + kernel[0] * tiles[FIRST]
     for j in tl.static_range(1, K):
-        y += kernel[j] * tiles[j]
+        y += kernel[j] * tiles[FIRST + j]
     return y
 
 
@@ -134,9 +167,11 @@ def _store_sums(sums_ptr, place, row, ROWS: tl.constexpr, c, C, tile, in_channel
 
 @_tuned(
     _configs(
-        ('BH', 'BW', 'BC', 'VEC'),
-        (32, 2, 128, 2, 2, 1), (32, 2, 64, 2, 1, 1), (32, 4, 128, 2, 4, 1), (32, 8, 64, 4, 2, 1), (16, 2, 128, 2, 2, 1),
-        (16, 8, 64, 2, 4, 1), (8, 8, 64, 2, 4, 1), (4, 8, 64, 2, 4, 1), (8, 8, 32, 4, 2, 1)),
+        ('BH', 'BW', 'BC', 'VEC', 'COLS'),
+        (32, 2, 128, 2, 1, 2, 1), (32, 2, 64, 2, 1, 1, 1), (32, 4, 128, 2, 1, 4, 1), (32, 8, 64, 4, 1, 2, 1),
+        (16, 2, 128, 2, 1, 2, 1), (16, 8, 64, 2, 1, 4, 1), (8, 8, 64, 2, 1, 4, 1), (4, 8, 64, 2, 1, 4, 1),
+        (8, 8, 32, 4, 1, 2, 1), (32, 1, 64, 2, 4, 1, 1), (32, 1, 128, 2, 4, 2, 1), (16, 1, 64, 2, 4, 1, 1),
+        (8, 2, 64, 2, 4, 2, 1)),
     key=['SIZE', 'H', 'W', 'C', 'K'],
 )
 @triton.jit(do_not_specialize=['SIZE', 'C'])
@@ -144,57 +179,68 @@ def spatial_kernel(
         x_ptr, y_ptr, params_ptr, sums_ptr, SIZE, H, W, C,
         K: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr, TRAINING: tl.constexpr, ACC: tl.constexpr,
         ALIGN: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, VEC: tl.constexpr,
+        COLS: tl.constexpr,
 ):
-    """ A program walks down BH rows of one image, BW columns and BC channels wide; SIZE only tells batches apart.
+    """ A program walks down BH rows of one image, BW times COLS columns and BC channels wide; SIZE only tells batches
+    apart.
 
-    In training the second convolution's output is stored as it is, with the sums of its activations and their squares.
+    A thread that takes COLS neighbouring columns loads what they share once. In training the second convolution's
+    output is stored as it is, with the sums of its activations and their squares.
     """
     LEFT: tl.constexpr = (K - 1) // 2  # as in torch, the odd column or row of 'same' padding goes behind
     RIGHT: tl.constexpr = K - 1 - LEFT
     ALIGNED: tl.constexpr = VEC if VEC < ALIGN else ALIGN
-    c, w, top, image, place = _place(H, W, C, BH, BW, BC)
+    c, w, top, image, place = _place(H, W, C, BH, BW, BC, COLS)
     in_channels = _in_channels(c, C, ALIGNED)
     conv1 = _load_kernel(params_ptr, 0, c, C, in_channels, K, ACC)
     bias1, scale1, shift1 = _load_kernel(params_ptr, K, c, C, in_channels, 3, ACC)
     conv2 = _load_kernel(params_ptr, K + 3, c, C, in_channels, K, ACC)
     bias2, scale2, shift2 = _load_kernel(params_ptr, 2 * K + 3, c, C, in_channels, 3, ACC)
 
-    # unfinished[j]: sum so far of the output row that needs K - 1 - j more rows
+    # unfinished[n * K + j]: sum so far of the output row, in column n, that needs K - 1 - j more rows
     nothing = tl.zeros((BW, BC), ACC) + bias2
     unfinished = ()
-    for _ in tl.static_range(K):
+    for _ in tl.static_range(COLS * K):
         unfinished = unfinished + (nothing,)
     total = tl.zeros((BW, BC), ACC)
     squares = tl.zeros((BW, BC), ACC)
     for i in range(BH + K - 1):
         h = top - LEFT + i
         # rows outside the image are zeros to the second convolution, not what the first makes of zeros
-        row = tl.zeros((BW, BC), ACC)
+        row = ()
+        for _ in tl.static_range(COLS):
+            row = row + (tl.zeros((BW, BC), ACC),)
         if (h >= 0) & (h < H):
             row_ptr = _row(x_ptr, image, h, W, C, ALIGNED)
-            tiles = _load_neighbours(row_ptr, w, c, W, C, in_channels, LEFT, K, ALIGNED, ACC)
-            row = _activate(_dot(conv1, tiles, bias1, K), ACT) * scale1 + shift1
-        y = unfinished[0] + conv2[K - 1] * row
+            tiles = _load_neighbours(row_ptr, w, c, W, C, in_channels, LEFT, K + COLS - 1, ALIGNED, ACC)
+            row = ()
+            for n in tl.static_range(COLS):
+                row = row + (_activate(_dot(conv1, tiles, bias1, K, n), ACT) * scale1 + shift1,)
+        y = ()
         shifted = ()
-        for j in tl.static_range(K - 1):
-            shifted = shifted + (unfinished[j + 1] + conv2[K - 2 - j] * row,)
-        unfinished = shifted + (nothing,)
+        for n in tl.static_range(COLS):
+            y = y + (unfinished[n * K] + conv2[K - 1] * row[n],)
+            for j in tl.static_range(K - 1):
+                shifted = shifted + (unfinished[n * K + j + 1] + conv2[K - 2 - j] * row[n],)
+            shifted = shifted + (nothing,)
+        unfinished = shifted
         h -= RIGHT
         if (h >= top) & (h < H):
-            offset = tl.multiple_of(w * C + c, (1, ALIGNED))
-            inside = in_channels & (w < W)
-            out_ptr = _row(y_ptr, image, h, W, C, ALIGNED) + offset
-            if TRAINING:
-                y = y.to(y_ptr.dtype.element_ty)
-                tl.store(out_ptr, y, inside)
-                y = tl.where(inside, _activate(y.to(ACC), ACT), 0)
-                total += y
-                squares += y * y
-            else:
-                y = _activate(y, ACT) * scale2 + shift2
-                if RESIDUAL:
-                    y += tl.load(_row(x_ptr, image, h, W, C, ALIGNED) + offset, inside, other=0).to(ACC)
-                tl.store(out_ptr, y.to(y_ptr.dtype.element_ty), inside)
+            for n in tl.static_range(COLS):
+                offset = tl.multiple_of((w + n) * C + c, (1, ALIGNED))
+                inside = in_channels & (w + n < W)
+                out_ptr = _row(y_ptr, image, h, W, C, ALIGNED) + offset
+                if TRAINING:
+                    u = y[n].to(y_ptr.dtype.element_ty)
+                    tl.store(out_ptr, u, inside)
+                    u = tl.where(inside, _activate(u.to(ACC), ACT), 0)
+                    total += u
+                    squares += u * u
+                else:
+                    out = _activate(y[n], ACT) * scale2 + shift2
+                    if RESIDUAL:
+                        out += tl.load(_row(x_ptr, image, h, W, C, ALIGNED) + offset, inside, other=0).to(ACC)
+                    tl.store(out_ptr, out.to(y_ptr.dtype.element_ty), inside)
     if TRAINING:
         _store_sums(sums_ptr, place, 0, 2, c, C, total, in_channels)
         _store_sums(sums_ptr, place, 1, 2, c, C, squares, in_channels)
@@ -312,7 +358,7 @@ def _size(batch: int) -> int:
 
 def _act(name: str, dtype: torch.dtype) -> str:
     """ The activation as the kernels compute it for features of a data type."""
-    return 'gelu_half' if name == 'gelu' and dtype.itemsize == 2 else name
+    return {2: 'gelu_half', 4: 'gelu_single'}.get(dtype.itemsize, name) if name == 'gelu' else name
 
 
 def _accumulator(dtype: torch.dtype) -> tl.dtype:
@@ -390,7 +436,8 @@ def spatial_mixing(
     y = torch.empty_like(x)
 
     def grid(config: Dict[str, Any]) -> Tuple[int]:
-        return (N * triton.cdiv(H, config['BH']) * triton.cdiv(W, config['BW']) * triton.cdiv(C, config['BC']),)
+        columns = config['BW'] * config['COLS']
+        return (N * triton.cdiv(H, config['BH']) * triton.cdiv(W, columns) * triton.cdiv(C, config['BC']),)
 
     spatial_kernel[grid](
         x, y, params, None, _size(N), H, W, C, K=kernel_size, ACT=_act(act, x.dtype), RESIDUAL=residual, TRAINING=False,

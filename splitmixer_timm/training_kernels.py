@@ -14,7 +14,7 @@ from .kernels import (
     _in_channels,
     _load_kernel,
     _load_neighbours,
-    _normal_cdf_half,
+    _normal_cdf,
     _place,
     _row,
     _store_sums,
@@ -45,11 +45,7 @@ def _activate_grad(x, ACT: tl.constexpr):
     if ACT == 'relu':
         grad = tl.where(x > 0, 1., 0.).to(x.dtype)
     else:
-        if ACT == 'gelu_half':
-            cdf = _normal_cdf_half(x)  # which the activation has as well
-        else:
-            cdf = 0.5 * (1 + tl.math.erf(x * 0.7071067811865476))
-        grad = cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        grad = _normal_cdf(x, ACT) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
     return grad
 
 

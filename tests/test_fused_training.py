@@ -455,12 +455,12 @@ def test_compilation():
     for capability, name, kernel_size, act in (
             (80, 'bf16', 9, 'gelu'), (90, 'fp16', 5, 'gelu'), (90, 'fp32', 7, 'relu')):
         pointers = {**dict.fromkeys(features, f'*{name}'), **dict.fromkeys(others, '*fp32'), 'batches_ptr': '*i64'}
-        act = 'gelu_half' if act == 'gelu' and name != 'fp32' else act
+        act = kernels._act(act, dict(fp32=torch.float32).get(name, torch.float16))
         common = dict(ACT=act, ACC=kernels._accumulator(torch.float32), K=kernel_size, ALIGN=4, RESIDUAL=True)
         spatial = {**common, **training_kernels.FORWARD}
         backward = {**common, **training_kernels.BACKWARD}
         uses = [
-            (kernels.spatial_kernel.fn, dict(spatial, TRAINING=True)),
+            (kernels.spatial_kernel.fn, dict(spatial, TRAINING=True, COLS=1)),
             (training_kernels.row_sums_kernel, spatial),
             (training_kernels.spatial_grad_kernel, dict(backward, FIRST=True, out_ptr=None, coefficients_ptr=None)),
             (training_kernels.spatial_grad_kernel, dict(backward, FIRST=False)),

@@ -108,17 +108,20 @@ def test_half_precision(kind, dtype, tolerance):
 
 
 @runs_kernels
-def test_gelu_of_half_precision():
-    """ What half precision rounds off is more than what its GELU is wrong by."""
+@pytest.mark.parametrize(('dtype', 'tolerance', 'rounding'), [
+    (torch.float16, 3e-5, 2**-11), (torch.float32, 0, 2**-21)])
+def test_gelu(dtype, tolerance, rounding):
+    """ What the data type rounds off is more than what its GELU is wrong by, of large values as well."""
     from splitmixer_timm import kernels
 
-    x = torch.linspace(-12, 12, 2**15, device=DEVICE).half().reshape(1, 128, 16, 16)
+    x = torch.cat((torch.linspace(-12, 12, 2**15 - 4), torch.tensor([-1e4, -300., 300., 1e4])))
+    x = x.to(DEVICE, dtype).reshape(1, 128, 16, 16)
     unit = torch.stack((torch.zeros(16), torch.ones(16), torch.zeros(16))).to(DEVICE)
     identity = Product(0, 16, slice(0, 16), torch.eye(16, device=DEVICE), torch.zeros(16, device=DEVICE))
     weight, tiles, _ = kernels.pack_channels([[identity]], 16, x.dtype)
     y = kernels.channel_mixing(x, weight, tiles, unit, 'gelu', False, 'tf32x3')
     error = (y.double() - torch.nn.functional.gelu(x.double())).abs()
-    assert (error <= 1e-4 + 2**-11 * x.abs()).all()
+    assert (error <= tolerance + rounding * x.double().abs()).all()
 
 
 @runs_kernels
@@ -507,10 +510,10 @@ def _compilations():
 def test_compilation():
     """ What the registered variants launch compiles for Ampere and Hopper, without spilling a register.
 
-    One in 19 of all compilations, in steps that meet every kernel and configuration, is what a test has time for.
+    One in 13 of all compilations, in steps that meet every kernel and configuration, is what a test has time for.
     """
     compiled = set()
-    for kernel, config, arguments, constants, capability in list(_compilations())[::19]:
+    for kernel, config, arguments, constants, capability in list(_compilations())[::13]:
         # the spatial kernel does not want to know what divides C
         aligned = [*arguments, 'M', 'C'] if 'BM' in constants else arguments
         shared, stack = compile_kernel(
