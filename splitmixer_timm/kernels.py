@@ -247,10 +247,22 @@ def spatial_kernel(
 
 
 @triton.jit
+def _high(x):
+    """ What TF32 keeps of fp32."""
+    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _product(x, weight, y, PRECISION: tl.constexpr):
     if INTERPRETED and x.dtype == tl.bfloat16:  # which the interpreter would multiply as the integers of its bits
         x = x.to(tl.float32)
         weight = weight.to(tl.float32)
+    if PRECISION == 'tf32x3' and x.dtype == tl.float32:
+        # Triton's own, which takes twice as many instructions, keeps infinities; here they become NaN
+        high, weight_high = _high(x), _high(weight)
+        y = tl.dot(x - high, weight_high, y, input_precision='tf32')
+        y = tl.dot(high, weight - weight_high, y, input_precision='tf32')
+        return tl.dot(high, weight_high, y, input_precision='tf32')
     return tl.dot(x, weight, y, input_precision=PRECISION, out_dtype=y.dtype)
 
 
