@@ -44,7 +44,7 @@ _tuned = functools.partial(triton.autotune, do_bench=functools.partial(do_bench,
 
 @triton.jit
 def _reciprocal(x):
-    if PTX:  # one instruction, where Triton's division takes eight
+    if PTX:  # one instruction; Triton's division takes more
         return tl.inline_asm_elementwise(
             'rcp.approx.ftz.f32 $0, $1;', '=f,f', [x], dtype=tl.float32, is_pure=True, pack=1)
     else:
@@ -53,7 +53,7 @@ def _reciprocal(x):
 
 @triton.jit
 def _exp2(x):
-    if PTX:  # Triton's is exact for results that are not normal numbers, which takes three more
+    if PTX:  # Triton's keeps results that are no normal numbers, which takes more
         return tl.inline_asm_elementwise(
             'ex2.approx.ftz.f32 $0, $1;', '=f,f', [x], dtype=tl.float32, is_pure=True, pack=1)
     else:
@@ -64,9 +64,9 @@ def _exp2(x):
 def _normal_cdf(x, ACT: tl.constexpr):
     """ Normal distribution function, for GELU as `_act` names it.
 
-    For fp32 half of erf as a ratio of two polynomials, within 1.6e-8 before its roundings, in half as many instructions
-    as by erf (the fit of cpu_kernels.cpp). For half precision, which rounds off more, a logistic function of a
-    polynomial: x times it is within 2.6e-5 of GELU.
+    For fp32 half of erf as a ratio of two polynomials (the fit of cpu_kernels.cpp), within 1.6e-8 before its roundings,
+    in fewer instructions than by erf. For half precision, which rounds off more, a logistic function of a polynomial: x
+    times it is within 2.6e-5 of GELU.
     """
     if ACT == 'gelu_half':
         s = tl.minimum(x * x, 52.)  # where the polynomial turns back
@@ -258,7 +258,7 @@ def _product(x, weight, y, PRECISION: tl.constexpr):
         x = x.to(tl.float32)
         weight = weight.to(tl.float32)
     if PRECISION == 'tf32x3' and x.dtype == tl.float32:
-        # Triton's own, which takes twice as many instructions, keeps infinities; here they become NaN
+        # Triton's own takes more instructions, and keeps infinities; here they become NaN
         high, weight_high = _high(x), _high(weight)
         y = tl.dot(x - high, weight_high, y, input_precision='tf32')
         y = tl.dot(high, weight - weight_high, y, input_precision='tf32')
