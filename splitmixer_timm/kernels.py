@@ -316,7 +316,7 @@ def channel_kernel(
 @_tuned(
     _configs(
         ('BM',),
-        (128, 8, 3), (64, 4, 4), (32, 4, 4)),
+        (128, 8, 3), (64, 4, 4), (64, 8, 3), (32, 4, 4), (32, 8, 3)),
     key=['SIZE', 'C', 'TAPS'],
 )
 @triton.jit(do_not_specialize=['SIZE'])
