@@ -55,7 +55,7 @@ from .add_run import (
     weights_content,
 )
 from .cli import positive
-from .held_out import SPLITS, hold_out, write_row
+from .held_out import SPLITS, HeldOutResults, describe, hold_out
 from .image_folders import SOURCES
 from .machine import device_name, has_bfloat16
 from .run import environment
@@ -448,12 +448,13 @@ def add_and_tell(model: Model, scripts: Path, data_dir: Path, device: str) -> Op
     return f'top-1 {entry["metrics"]["top1"]:.2f} %' if entry else None
 
 
-def compare(path: Path, model: Model, scripts: Path, data_dir: Path, device: str) -> str:
-    """ Write what a model's finished runs measured on images held out to a CSV file, and tell it."""
+def compare(results: HeldOutResults, model: Model, scripts: Path, data_dir: Path, device: str) -> str:
+    """ Put what a model's finished runs measured on images held out into the results, and tell it."""
     rows = []
     for run in model.runs:
         check_args(run)
-        rows.append(write_row(path, run.folder, model.recipe, data_dir / model.dataset, scripts))
+        rows.append(describe(run.folder, model.recipe, data_dir / model.dataset, scripts))
+        results.put(rows[-1])
     return f'top-1 {", ".join(row["top1"] for row in rows)} % of the images held out'
 
 
@@ -610,13 +611,15 @@ def main(argv: Optional[List[str]] = None) -> int:
         parser.error('--cuda-graphs needs --fused')
     fused = [GRAPHS if args.cuda_graphs else FUSED] if args.fused else []
     modules = [*fused, *([BATCHES] if args.batch_augment else [])]
-    data_dir = args.data_dir.resolve() if args.held_out is None else args.output.resolve() / 'held_out'
-    finish = add_and_tell if args.held_out is None else partial(compare, args.held_out)
+    data_dir, splits, finish = args.data_dir.resolve(), {}, add_and_tell
     try:
+        if args.held_out is not None:
+            data_dir, splits = args.output.resolve() / 'held_out', SPLITS
+            finish = partial(compare, HeldOutResults(args.held_out))
         models = read_queue(
             args.queue, args.names, args.output.resolve(), args.scripts / 'train.py', modules,
             data_dir=data_dir, device=args.device, workers=args.workers,
-            **mixed_precision(args.device), **({} if args.held_out is None else SPLITS))
+            **mixed_precision(args.device), **splits)
         machine = device_name(args.device)
     except ValueError as e:
         parser.error(str(e))

@@ -183,8 +183,7 @@ def test_held_out(zoo, capsys):
     assert zoo.entries() == {}
     held_out = zoo.path / 'runs' / 'held_out' / 'cifar100'
     assert runs.read_args(zoo.path / 'runs' / f'{OTHER}-42')['data_dir'] == str(held_out)
-    # of 0, 1, 10, 2, ... 9, in order of their names
-    assert {path.name for path in (held_out / 'held_out' / '7').iterdir()} == {'3.png', '8.png'}
+    assert {path.name for path in (held_out / 'held_out' / '7').iterdir()} == {'4.png', '9.png'}  # of 0, 1, ... 10
     assert len([*(held_out / 'rest' / '7').iterdir()]) == 9
     row, = csv.DictReader(table.read_text().splitlines())
     assert (row['model'], row['seed'], row['epochs'], row['top1']) == (OTHER, '42', '3', '52.00')
@@ -197,6 +196,12 @@ def test_held_out(zoo, capsys):
     assert [row['recipe'][-7:] for row in csv.DictReader(table.read_text().splitlines())] == ['lr 0.01', 'lr 0.02']
     assert zoo.run(OTHER) == 1
     assert "was trained with train_split 'rest', not train.py's default" in capsys.readouterr().err
+    # another file is not written over, which is told before anything is trained
+    table.write_text('a,b\n1,2\n')
+    with pytest.raises(SystemExit):
+        zoo.run('--held-out', str(table))
+    assert 'is not a results file' in capsys.readouterr().err
+    assert table.read_text() == 'a,b\n1,2\n'
 
 
 @pytest.mark.parametrize('split', ['train', 'validation'])
