@@ -298,8 +298,8 @@ def _push(args: argparse.Namespace) -> int:
                 commit_message=args.message, create_pr=args.create_pr, parent_commit=args.parent_commit)
             print(info.pr_url or info.commit_url, flush=True)
             if args.record:
-                entry = {**manifest.entries()[release.name], 'hf_hub_id': info.repo_url.repo_id, 'revision': info.oid}
-                manifest.write_entry(release.name, entry)
+                sha256 = manifest.entries()[release.name]['sha256']
+                manifest.record(release.name, sha256, hf_hub_id=info.repo_url.repo_id, revision=info.oid)
     except BrokenPipeError:  # of our output
         raise
     except (ValueError, RuntimeError, OSError) as e:

@@ -7,13 +7,15 @@ import hashlib
 import json
 import re
 import tempfile
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, Optional, Sequence, Tuple, Union
 
 from huggingface_hub.utils import WeakFileLock
 
 _PACKAGE_DIR = Path(__file__).resolve().parent
+_PUBLISHED = ('hf_hub_id', 'revision', 'url')  # of an entry: where its weights can be downloaded
 WEIGHTS_DIR = next(
     (d for d in (_PACKAGE_DIR / 'weights', _PACKAGE_DIR.parent / 'weights') if (d / 'manifest.json').is_file()),
     _PACKAGE_DIR / 'weights',
@@ -92,12 +94,45 @@ def check_class_order(names: Sequence[str], dataset: str) -> None:
             f'them by number, {1:0{len(str(len(labels)))}} ({labels[0]}) to {len(labels)} ({labels[-1]}).')
 
 
-def write_entry(name: str, entry: Dict[str, Any]) -> None:
-    """ Put an entry into the manifest's file, in place of one of that name."""
+def write_entry(name: str, entry: Dict[str, Any]) -> Dict[str, Any]:
+    """ Put an entry into the manifest's file, in place of one of that name.
+
+    Returns:
+        The entry as it is now: where the same weights are published, it says so still.
+    """
+    with _open_manifest() as models:
+        old = models.get(name, {})
+        if old.get('sha256') == entry.get('sha256'):
+            entry = {**entry, **{key: old[key] for key in _PUBLISHED if key in old.keys() - entry.keys()}}
+        models[name] = entry
+    return entry
+
+
+def record(name: str, sha256: str, **place: str) -> None:
+    """ Put into the manifest's file where weights are published.
+
+    Args:
+        name: 'arch.tag'.
+        sha256: Of the weights that were published.
+        **place: `hf_hub_id` and `revision`, or `url`.
+
+    Raises:
+        ValueError: If the weights of that name are others by now.
+    """
+    with _open_manifest() as models:
+        if models.get(name, {}).get('sha256') != sha256:
+            raise ValueError(f'{name} has other weights now than were published, and is not recorded')
+        models[name].update(place)
+
+
+@contextmanager
+def _open_manifest() -> Iterator[Dict[str, Any]]:
+    """ The entries in the manifest's file, to change: it is written at the end, and nobody else writes it meanwhile."""
     path = WEIGHTS_DIR / 'manifest.json'
     with WeakFileLock(path.with_suffix('.lock')):
         zoo = json.loads(path.read_text(encoding='utf-8'))
-        zoo['models'] = dict(sorted({**zoo['models'], name: entry}.items()))
+        yield zoo['models']
+        zoo['models'] = dict(sorted(zoo['models'].items()))
         replace_file(path, (json.dumps(zoo, indent=2) + '\n').encode())
 
 

@@ -374,6 +374,23 @@ def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
     assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b'new', 0o644)
 
 
+def test_published_weights_are_recorded(tmp_path, monkeypatch):
+    """ In the entry as it is by then, unless its weights are others."""
+    monkeypatch.setattr(manifest, 'WEIGHTS_DIR', tmp_path)
+    path = tmp_path / 'manifest.json'
+    path.write_text('{"models": {}}')
+    manifest.write_entry('a', dict(sha256='1', bytes=1))
+    manifest.record('a', '1', hf_hub_id='someone/a', revision='2')
+    assert manifest.write_entry('a', dict(sha256='1', bytes=2)) == dict(
+        sha256='1', bytes=2, hf_hub_id='someone/a', revision='2')
+    content = path.read_text()
+    for name, sha256 in (('a', '3'), ('b', '1')):
+        with pytest.raises(ValueError, match=f'^{name} has other weights now than were published'):
+            manifest.record(name, sha256, hf_hub_id='someone/a', revision='4')
+    assert path.read_text() == content
+    assert manifest.write_entry('a', dict(sha256='3')) == dict(sha256='3')
+
+
 def test_entries_written_at_once(tmp_path):
     """ None of two processes' entries is lost."""
     (tmp_path / 'manifest.json').write_text('{"models": {}}')
