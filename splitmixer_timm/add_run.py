@@ -43,7 +43,6 @@ from .convmixer import ARCHITECTURES
 from .machine import device_name
 from .run import environment
 from .runs import (
-    MADE_ON,
     PATH_ARGS,
     checkpoint_epoch,
     comparable_args,
@@ -51,6 +50,7 @@ from .runs import (
     loading,
     public_args,
     read_args,
+    read_made_on,
     read_summary,
 )
 
@@ -116,14 +116,13 @@ def made_on(run_dir: Path, device: str, scripts: Path) -> Dict[str, str]:
     Raises:
         ValueError: If nothing was kept, and the run was made on a device that is not here.
     """
-    file = run_dir / MADE_ON
-    if not file.is_file():
+    parts = read_made_on(run_dir)
+    if not parts:
         try:
             return dict(machine=device_name(device), torch=torch.__version__, timm=timm_version(scripts))
         except ValueError as e:
             raise ValueError(
                 f'{run_dir} was trained on {device}, which is not here: add it on the machine that trained it') from e
-    parts = yaml.safe_load(file.read_text(encoding='utf-8'))
     made = {key: ' and '.join(dict.fromkeys(part[key] for part in parts)) for key in ('machine', 'torch', 'timm')}
     runs = max(part['runs'] for part in parts)
     return {**made, 'machine': f'{made["machine"]}, shared by up to {runs} runs'} if runs > 1 else made
@@ -302,6 +301,8 @@ def add_runs(
             if key not in {'seed', 'experiment', *PATH_ARGS} and one.get(key) != other.get(key))
         if different:
             raise ValueError(f'{other_dir} must differ from {run_dir} in the seed alone, not in {", ".join(different)}')
+    if len({other_args['seed'] for other_args in all_args}) < len(all_args):
+        raise ValueError(f'runs must differ in the seed, got {", ".join(str(a["seed"]) for a in all_args)}')
     tested_on, train_dir = check_images(data_dir / split, dataset), data_dir / run_args['train_split']
     trained_on = check_images(train_dir, dataset) if train_dir.is_dir() else 0
     # what else lies there, a part held out or a first few images, is not taken for it
@@ -352,9 +353,6 @@ def add_runs(
     }
     if trained_on:
         entry['training']['images'] = trained_on
-    old = manifest.entries().get(name, {})
-    if old.get('sha256') == entry['sha256']:
-        entry.update({key: old[key] for key in ('hf_hub_id', 'revision', 'url') if key in old})
     if len(results) > 1:
         entry['metrics']['seeds'] = {str(a['seed']): r['top1'] for a, r in zip(all_args, results)}
     summary = io.StringIO()
@@ -368,8 +366,7 @@ def add_runs(
     manifest.replace_file(folder / entry['training']['summary'], summary.getvalue().encode())
     manifest.replace_file(folder / entry['training']['curves'], curves)
     manifest.replace_file(folder / entry['file'], content)
-    manifest.write_entry(name, entry)
-    return entry
+    return manifest.write_entry(name, entry)
 
 
 def main(argv: Optional[List[str]] = None) -> None:

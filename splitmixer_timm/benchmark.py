@@ -458,17 +458,21 @@ class Results:
 
     def __init__(self, path: Path):
         self.path = path
-        self.rows: Dict[Tuple[str, ...], Dict[str, str]] = {}
+        self.rows = self.read()
+
+    def read(self) -> Dict[Tuple[str, ...], Dict[str, str]]:
+        """ Rows that are on disk."""
+        path = self.path
         if not path.exists():
-            return
+            return {}
         try:
             reader = csv.DictReader(io.StringIO(path.read_text(encoding='utf-8')), strict=True)
             rows = list(reader)
         except (OSError, ValueError, csv.Error) as e:
             raise ValueError(f'{path} is not a readable results file: {e}') from e
-        if tuple(reader.fieldnames or ()) != self.columns or any(None in {*r, *r.values()} for r in rows):
+        if tuple(reader.fieldnames or ()) != self.columns or any(None in r or None in r.values() for r in rows):
             raise ValueError(f'{path} is not a results file of this version; move it away, or name another folder')
-        self.rows = {tuple(row[name] for name in self.key): row for row in rows}
+        return {tuple(row[name] for name in self.key): row for row in rows}
 
     def put(self, row: Dict[str, str]) -> None:
         """ Add a row, or replace the one with its key."""

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Dict
 
+from huggingface_hub.utils import WeakFileLock
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
 from .add_run import count_images, latest_part, made_on
@@ -25,11 +26,18 @@ class HeldOutResults(Results):
         'model', 'recipe', 'seed', 'epochs', 'top1', 'trained_on', 'images', 'machine', 'torch', 'timm', 'date')
     key = ('model', 'recipe', 'seed', 'epochs')
 
+    def put(self, row: Dict[str, str]) -> None:
+        """ Add a row, or replace the one with its key; other drivers may have added theirs meanwhile."""
+        with WeakFileLock(self.path.with_suffix('.lock')):
+            self.rows = self.read()
+            super().put(row)
+
 
 def hold_out(train_dir: Path, target: Path) -> None:
-    """ Make image folders `target/rest/CLASS` and `target/held_out/CLASS` of the training images of a data set.
+    """ Make image folders `target/rest` and `target/held_out` of the training images of a data set.
 
-    The images are linked, or copied where the file system has no links. What is there already stays.
+    Each image keeps its name and its place among the folders. Images are linked, or copied where the file system has no
+    links. What is there already stays.
 
     Args:
         train_dir: Folder with a folder of images for each class.
@@ -41,25 +49,24 @@ def hold_out(train_dir: Path, target: Path) -> None:
     if target.is_dir():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    images, indices = find_images_and_targets(str(train_dir))
-    labels = {index: label for label, index in indices.items()}
     seen = Counter()
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f'.{target.name}.') as temporary:
         staged = Path(temporary) / target.name
-        for file, index in images:
+        for file, index in find_images_and_targets(str(train_dir))[0]:
             seen[index] += 1
-            folder = staged / SPLITS['train_split' if seen[index] % HELD_OUT else 'val_split'] / labels[index]
-            folder.mkdir(parents=True, exist_ok=True)
-            image = Path(file).resolve()
+            split = SPLITS['train_split' if seen[index] % HELD_OUT else 'val_split']
+            image = staged / split / Path(file).relative_to(train_dir)
+            image.parent.mkdir(parents=True, exist_ok=True)
             try:
-                os.link(image, folder / image.name)
+                os.link(Path(file).resolve(), image)
             except OSError:
-                shutil.copyfile(image, folder / image.name)
+                shutil.copyfile(file, image)
         staged.rename(target)
 
 
 def describe(run_dir: Path, recipe: str, data_dir: Path, scripts: Path) -> Dict[str, str]:
-    """ The row of a finished run: the last epoch's top-1 (%), of the EMA where it kept one, as train.py measured it.
+    """ The row of a finished run: the last epoch's top-1 (%) as train.py measured it, which is that of the EMA where it
+    kept one (but not of one kept on the CPU by `model_ema_force_cpu`).
 
     Args:
         run_dir: Output folder of train.py.

@@ -47,6 +47,13 @@ def read_args(run_dir: Path) -> Dict[str, Any]:
     return {**run_args, **{key: value for key, value in here.items() if key in LOCAL_ARGS}}
 
 
+def read_made_on(run_dir: Path) -> List[Dict[str, Any]]:
+    """ What `train_zoo` kept of each part of a run (machine, runs, torch, timm, precision); nothing where it kept
+    nothing, or was cut off."""
+    file = run_dir / MADE_ON
+    return (yaml.safe_load(file.read_text(encoding='utf-8')) if file.is_file() else None) or []
+
+
 def comparable_args(run_args: Dict[str, Any]) -> Dict[str, Any]:
     """ Arguments that are the same in all parts of a run: without where it runs, and how fast."""
     args = {key: value for key, value in run_args.items() if key not in LOCAL_ARGS}

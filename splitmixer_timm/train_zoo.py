@@ -15,6 +15,7 @@ it done a batch at a time.
 the runs measure on the rest to a file, and adds nothing to the zoo.
 """
 import argparse
+import csv
 import datetime
 import hashlib
 import os
@@ -71,6 +72,7 @@ from .runs import (
     comparable_args,
     finished_epochs,
     read_args,
+    read_made_on,
     read_summary,
 )
 
@@ -100,8 +102,11 @@ class Run:
     config: Dict[str, Any]
 
     def done(self) -> int:
-        """ Epochs that are finished."""
-        return finished_epochs(read_summary(self.folder))
+        """ Epochs that are finished, 0 where nothing tells of them."""
+        try:
+            return finished_epochs(read_summary(self.folder))
+        except (OSError, ValueError, csv.Error):  # damaged: who goes on with the run will say so
+            return 0
 
     def is_finished(self, epochs: int) -> bool:
         """ Whether the last checkpoint is that of the last epoch: train.py logs an epoch before it saves it."""
@@ -254,10 +259,22 @@ def precision(run_args: Dict[str, Any]) -> str:
 
 def trained_in(folder: Path) -> List[str]:
     """ What each part of a run was computed in, in the terms of `precision`."""
-    file = folder / MADE_ON
-    parts = (yaml.safe_load(file.read_text(encoding='utf-8')) if file.is_file() else None) or [{}]
     # a run begun by hand, or by a version that kept less, tells of its last part alone
-    return [part.get('precision') or precision(read_args(folder)) for part in parts]
+    return [part.get('precision') or precision(read_args(folder)) for part in read_made_on(folder) or [{}]]
+
+
+def recipe_line(model: Model, runs: List[Run]) -> str:
+    """ How some runs of a model were trained: its recipe, and what the runs' folders tell beside it."""
+    seeds: Dict[str, List[str]] = {}
+    for run in runs:
+        seeds.setdefault(', then '.join(dict.fromkeys(trained_in(run.folder))), []).append(str(run.config['seed']))
+    precisions = [*seeds] if len(seeds) == 1 else [
+        f'{"seed" if len(of) == 1 else "seeds"} {" and ".join(of)}: {parts}' for parts, of in seeds.items()]
+    # of the first run, as it was last; the queue's may have changed since
+    interval = read_args(runs[0].folder).get('val_interval', 1)
+    return '; '.join([
+        model.recipe, *([f'val_interval {interval}'] if interval != 1 else []),
+        *([', '.join(precisions)] if precisions != [RECIPES_PRECISION] else [])])
 
 
 def last_checkpoint(folder: Path) -> Optional[Path]:
@@ -334,10 +351,9 @@ def check_args(run: Run) -> None:
 
 def note_machine(folder: Path, **part: Any) -> None:
     """ Keep in a run's folder what this part is made on (machine, runs, torch, timm, precision), for `add_run`."""
-    file = folder / MADE_ON
-    parts = (yaml.safe_load(file.read_text(encoding='utf-8')) if file.is_file() else None) or []
+    parts = read_made_on(folder)
     if part not in parts:
-        manifest.replace_file(file, yaml.safe_dump([*parts, part]).encode())
+        manifest.replace_file(folder / MADE_ON, yaml.safe_dump([*parts, part]).encode())
 
 
 def note_seconds(folder: Path, began: float) -> None:
@@ -381,13 +397,13 @@ def start(run: Run, scripts: Path, machine: str, runs: int) -> subprocess.Popen:
                     precision=precision(read_args(run.folder)))
             # train.py writes args.yaml anew, and with it the time that this part began; cut off before, it adds none
             args = run.folder / 'args.yaml'
-            with open(run.folder / ELAPSED, 'a', encoding='utf-8') as f:
-                f.write(f'{latest_part(run.folder)[0]:.0f}\n')
-            (run.folder / SEEN).unlink(missing_ok=True)
-            finished = checkpoint.stat().st_mtime
             if not (run.folder / FIRST_ARGS).is_file():
                 manifest.replace_file(run.folder / FIRST_ARGS, args.read_bytes())
-            os.utime(args, (finished, finished))
+            finished, seconds = checkpoint.stat().st_mtime, latest_part(run.folder)[0]
+            (run.folder / SEEN).unlink(missing_ok=True)
+            with open(run.folder / ELAPSED, 'a', encoding='utf-8') as f:
+                f.write(f'{seconds:.0f}\n')
+            os.utime(args, (finished, finished))  # at once: until then the part would count again
             # with the same seed train.py would draw the same images and augmentations as in its first epochs
             epochs = checkpoint_epoch(checkpoint) + 1
             config = {**config, 'resume': str(checkpoint), 'seed': config['seed'] + 1000 * epochs}
@@ -427,19 +443,9 @@ def add(model: Model, scripts: Path, data_dir: Path, device: str) -> Optional[Di
         check_args(run)
     if is_added(model):
         return None
-    seeds: Dict[str, List[str]] = {}
-    for run in model.runs:
-        seeds.setdefault(', then '.join(dict.fromkeys(trained_in(run.folder))), []).append(str(run.config['seed']))
-    precisions = [*seeds] if len(seeds) == 1 else [
-        f'{"seed" if len(of) == 1 else "seeds"} {" and ".join(of)}: {parts}' for parts, of in seeds.items()]
-    # of the published run, as it was last; the queue's may have changed since
-    interval = read_args(model.runs[0].folder).get('val_interval', 1)
-    recipe = [
-        model.recipe, *([f'val_interval {interval}'] if interval != 1 else []),
-        *([', '.join(precisions)] if precisions != [RECIPES_PRECISION] else [])]
     return add_runs(
         model.name, [run.folder for run in model.runs], model.dataset, data_dir / model.dataset, scripts,
-        '; '.join(recipe), device=device)
+        recipe_line(model, model.runs), device=device)
 
 
 def add_and_tell(model: Model, scripts: Path, data_dir: Path, device: str) -> Optional[str]:
@@ -453,7 +459,7 @@ def compare(results: HeldOutResults, model: Model, scripts: Path, data_dir: Path
     rows = []
     for run in model.runs:
         check_args(run)
-        rows.append(describe(run.folder, model.recipe, data_dir / model.dataset, scripts))
+        rows.append(describe(run.folder, recipe_line(model, [run]), data_dir / model.dataset, scripts))
         results.put(rows[-1])
     return f'top-1 {", ".join(row["top1"] for row in rows)} % of the images held out'
 
@@ -509,6 +515,8 @@ def train(
         while models or adding:
             while waiting and len(running) < jobs:
                 run = waiting.pop(0)
+                if run.is_finished(planned[run.folder]):  # by somebody else since
+                    continue
                 try:
                     began = time()
                     running[run.folder] = run, start(run, scripts, machine, at_once), began

@@ -589,12 +589,13 @@ class TestCommand:
         assert cli.main(args) == 0
         assert [path.suffix for path in tmp_path.iterdir()] == ['.csv']
 
-    def test_file_of_something_else(self, tmp_path, capsys):
+    @pytest.mark.parametrize('text', ['mine\n', ','.join(benchmark.COLUMNS) + '\n' + ',' * len(benchmark.COLUMNS)])
+    def test_file_of_something_else(self, tmp_path, capsys, text):
         path = tmp_path / f'{benchmark.results_name("cpu")}.csv'
-        path.write_text('mine\n')
+        path.write_text(text)
         assert cli.main([*self.ARGS, '--results', str(tmp_path)]) == 2
         assert 'not a results file' in capsys.readouterr().err
-        assert path.read_text() == 'mine\n'
+        assert path.read_text() == text
 
     def test_script(self, tmp_path):
         """ From a checkout the same by benchmarks/throughput.py, the paper's protocol's processes included."""

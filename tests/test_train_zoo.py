@@ -18,7 +18,7 @@ import yaml
 from conftest import ROOT, make_images, real_images
 from timm.models import is_model
 
-from splitmixer_timm import add_run, manifest, runs, train_zoo
+from splitmixer_timm import add_run, held_out, manifest, runs, train_zoo
 from splitmixer_timm.machine import device_name, has_bfloat16
 from splitmixer_timm.run import environment
 
@@ -188,12 +188,14 @@ def test_held_out(zoo, capsys):
     row, = csv.DictReader(table.read_text().splitlines())
     assert (row['model'], row['seed'], row['epochs'], row['top1']) == (OTHER, '42', '3', '52.00')
     assert (row['trained_on'], row['images'], row['machine']) == ('900', '200', device_name('cpu'))
-    assert row['recipe'] == 'cifar100; epochs 2 after 1 of warm-up; lr_cycle_limit 1; lr 0.01'
+    here = 'amp_dtype bfloat16' if has_bfloat16() else 'amp False'
+    assert row['recipe'] == f'cifar100; epochs 2 after 1 of warm-up; lr_cycle_limit 1; lr 0.01; {here}'
     # other settings are added, and the same again are no second row; it is no run for the zoo
     queue = {OTHER: QUEUE[OTHER], f'{OTHER}_lr': dict(recipe='cifar100', args=dict(QUEUE[OTHER]['args'], lr=0.02))}
     (zoo.path / 'queue.yaml').write_text(yaml.safe_dump(queue, sort_keys=False))
     assert zoo.run('--held-out', str(table)) == 0
-    assert [row['recipe'][-7:] for row in csv.DictReader(table.read_text().splitlines())] == ['lr 0.01', 'lr 0.02']
+    lines = [row['recipe'].split('; ')[3:] for row in csv.DictReader(table.read_text().splitlines())]
+    assert lines == [['lr 0.01', here], ['lr 0.02', here]]
     assert zoo.run(OTHER) == 1
     assert "was trained with train_split 'rest', not train.py's default" in capsys.readouterr().err
     # another file is not written over, which is told before anything is trained
@@ -202,6 +204,64 @@ def test_held_out(zoo, capsys):
         zoo.run('--held-out', str(table))
     assert 'is not a results file' in capsys.readouterr().err
     assert table.read_text() == 'a,b\n1,2\n'
+
+
+def test_held_out_by_how_they_were_trained(zoo):
+    """ What else differs is a row of its own; it is not in what the queue says beside a recipe."""
+    args = QUEUE[OTHER]['args']
+    queue = {
+        OTHER: dict(recipe='cifar100', args=dict(args, amp=False), seeds=[1, 2]),
+        f'{OTHER}_half': dict(recipe='cifar100', args=dict(args, amp_dtype='float16'))}
+    (zoo.path / 'queue.yaml').write_text(yaml.safe_dump(queue, sort_keys=False))
+    for folder in (zoo.path / 'data' / 'cifar100' / 'train').iterdir():
+        for number in range(1, 5):
+            (folder / f'{number}.png').touch()
+    table = zoo.path / 'settings.csv'
+    assert zoo.run('--held-out', str(table)) == 0
+    assert zoo.run('--held-out', str(table), f'{OTHER}_half', '--batch-augment', '--output', str(zoo.path / 'new')) == 0
+    recipe = 'cifar100; epochs 2 after 1 of warm-up; lr_cycle_limit 1; lr 0.01'
+    assert [(row['recipe'], row['seed']) for row in csv.DictReader(table.read_text().splitlines())] == [
+        (f'{recipe}; amp False', '1'), (f'{recipe}; amp False', '2'), (recipe, '42'),
+        (f'{recipe}; amp_dtype float16; images augmented in batches', '42')]
+
+
+def test_results_of_two_drivers(tmp_path):
+    """ Each adds to what the other has put since."""
+    table = tmp_path / 'settings.csv'
+    results = [held_out.HeldOutResults(table) for _ in range(2)]
+    row = dict.fromkeys(held_out.HeldOutResults.columns, '1')
+    for seed in range(4):
+        results[seed % 2].put({**row, 'seed': str(seed)})
+    assert [key[2] for key in held_out.HeldOutResults(table).rows] == ['0', '1', '2', '3']
+
+
+@pytest.mark.parametrize('links', [True, False])
+def test_images_are_held_out_as_they_are(tmp_path, monkeypatch, links):
+    """ Those of one name in two folders of a class are two; those that are links keep their names."""
+    train, blobs = tmp_path / 'train', tmp_path / 'blobs'
+    blobs.mkdir()
+    for part in 'ab':
+        (train / part / '0').mkdir(parents=True)
+        for number in range(5):
+            (train / part / '0' / f'{number}.png').write_text(f'{part}{number}')
+            (blobs / f'{part}{number}').write_text(f'linked {part}{number}')
+            (train / part / '0' / f'{number}.jpg').symlink_to(blobs / f'{part}{number}')
+    if not links:
+        def link(source, target):
+            raise PermissionError('no links here')
+        monkeypatch.setattr(os, 'link', link)
+    held_out.hold_out(train, tmp_path / 'target')
+    held_out.hold_out(train, tmp_path / 'target')
+    files = {
+        split: {str(file.relative_to(tmp_path / 'target' / split)): file.read_text()
+                for file in (tmp_path / 'target' / split).rglob('*.*')}
+        for split in held_out.SPLITS.values()}
+    assert (len(files['rest']), len(files['held_out'])) == (16, 4)
+    assert {**files['rest'], **files['held_out']} == {
+        f'{part}/0/{number}.{kind}': f'{text}{part}{number}'
+        for part in 'ab' for number in range(5) for kind, text in (('png', ''), ('jpg', 'linked '))}
+    assert (train / 'a' / '0' / '3.png').read_text() == 'a3'
+    assert add_run.count_images(tmp_path / 'target' / 'rest') == 16
 
 
 @pytest.mark.parametrize('split', ['train', 'validation'])
@@ -516,6 +576,67 @@ def test_interrupted_and_resumed(zoo, monkeypatch):
     assert len((zoo.path / 'runs' / f'{OTHER}-42' / add_run.ELAPSED).read_text().splitlines()) == 1
     rows = (manifest.WEIGHTS_DIR / zoo.entries()[OTHER]['training']['summary']).read_text().splitlines()
     assert [row.split(',')[0] for row in rows] == ['epoch', '0', '1', '2']
+
+
+@pytest.mark.usefixtures('validated')
+def test_finished_by_another_driver(zoo, monkeypatch):
+    """ While it waited for its turn: it is not begun again, and was not made on this machine."""
+    assert zoo.run(NAME) == 0
+    folders = [zoo.path / 'runs' / f'{NAME}-{seed}' for seed in (1, 2)]
+    kept = (folders[1] / runs.MADE_ON).read_bytes()
+    for folder in folders:
+        folder.rename(folder.with_name(folder.name + ' kept'))
+    start = train_zoo.start
+
+    def other_driver(run, *args):
+        process = start(run, *args)
+        folders[1].with_name(folders[1].name + ' kept').rename(folders[1])
+        return process
+
+    monkeypatch.setattr(train_zoo, 'start', other_driver)
+    monkeypatch.setattr(train_zoo, 'device_name', lambda device: 'Another machine')
+    assert zoo.run(NAME) == 0
+    assert [name for name, *_ in zoo.started()] == [f'{NAME}-1', f'{NAME}-2', f'{NAME}-1']
+    assert (folders[1] / runs.MADE_ON).read_bytes() == kept
+
+
+@pytest.mark.usefixtures('validated')
+def test_damaged_log(zoo, capsys):
+    """ One run's ends that run alone."""
+    folder = zoo.path / 'runs' / f'{NAME}-2'
+    folder.mkdir(parents=True)
+    (zoo.path / f'fail-{NAME}-2').touch()
+    script = zoo.path / 'scripts' / 'train.py'
+    end = "sys.exit('cannot go on')"
+    assert end in TRAIN
+    script.write_text(TRAIN.replace(end, f"(folder / 'summary.csv').write_bytes(b'\\xff\\xfe'); {end}"))
+    assert zoo.run() == 1
+    assert f'{NAME}-2: train.py failed' in capsys.readouterr().err
+    assert zoo.entries().keys() == {OTHER}
+
+
+def test_hours_where_it_cannot_go_on(zoo, monkeypatch):
+    """ No part of a run counts twice, however often starting it fails."""
+    model, = train_zoo.read_queue(
+        zoo.path / 'queue.yaml', [OTHER], zoo.path / 'runs', zoo.path / 'scripts' / 'train.py',
+        data_dir=zoo.path / 'data', device='cpu', workers=1)
+    run, = model.runs
+    assert train_zoo.start(run, zoo.path / 'scripts', 'Great GPU', 1).wait() == 0
+    shutil.copy(zoo.path / 'checkpoint-1', run.folder / 'last.pth.tar')
+    os.utime(run.folder / 'args.yaml', (1_000_000, 1_000_000))
+    os.utime(run.folder / 'last.pth.tar', (1_007_200, 1_007_200))
+
+    def full(path, content):
+        raise OSError(28, 'No space left on device')
+
+    with monkeypatch.context() as context:
+        context.setattr(manifest, 'replace_file', full)
+        for _ in range(3):
+            with pytest.raises(OSError, match='No space left'):
+                train_zoo.start(run, zoo.path / 'scripts', 'Great GPU', 1)
+    assert add_run.training_hours(run.folder) == 2
+    assert train_zoo.start(run, zoo.path / 'scripts', 'Great GPU', 1).wait() == 0
+    assert 2 <= add_run.training_hours(run.folder) < 2.1
 
 
 @pytest.mark.usefixtures('validated')
