@@ -61,10 +61,14 @@ def mebi(text: str) -> str:
 
 def models_table() -> str:
     """ Size and work of every variant at its default tag."""
-    variants = {**convmixer.VARIANTS, **splitmixer.VARIANTS}
+    tags = {
+        arch: dict.fromkeys(datasets) for arch, (_, datasets) in {**convmixer.VARIANTS, **splitmixer.VARIANTS}.items()}
+    for name in manifest.entries():
+        arch, _, tag = name.partition('.')
+        tags[arch].setdefault(tag)
     return table(['model', 'tags (first: default)', 'input', 'parameters', 'MACs (M)', 'paper FLOPS (M)'], [
         [
-            f'`{row["model"]}`', ', '.join(f'`{tag}`' for tag in variants[row['model']][1]),
+            f'`{row["model"]}`', ', '.join(f'`{tag}`' for tag in tags[row['model']]),
             f'{row["img_size"]} x {row["img_size"]}', f'{int(row["params"]):,}', million(row['macs']),
             million(row['paper_flops']),
         ]
@@ -230,6 +234,36 @@ def gains_table(rows: List[Dict[str, str]], threads: str) -> str:
     title = f'{rows[0]["device"]}, batch {rows[0]["batch_size"]}{threads}'
     title += f', memory {" / ".join(memories)}' if any(memories) else ''
     return table([title, 'plain (img/s)', *forms], lines)
+
+
+def ranges_tables() -> str:
+    """ Every device, single images and training: how many times the plain model's images a second SplitMixers have."""
+    tables: Dict[str, Dict[str, Dict[str, List[float]]]] = {}
+    for path in sorted(RESULTS_DIR.glob('*.speed.csv')):
+        rows = SpeedResults(path).rows
+        for key, row in rows.items():
+            is_training = row['mode'] == 'train'
+            plain = rows.get((*key[:-1], 'plain'))
+            is_known = plain and not plain['error'] and not row['error']
+            if row is plain or not is_known or not row['model'].startswith('splitmixer') or not (
+                    is_training or row['batch_size'] == '1'):
+                continue
+            title = row['device'] + (f': {row["precision"]}, batch {row["batch_size"]}' if is_training else '')
+            forms = tables.setdefault('a step of training' if is_training else 'single images', {}).setdefault(
+                title + of_threads(row['threads'], list(rows.values())), {})
+            forms.setdefault(row['form'], []).append(float(plain['seconds']) / float(row['seconds']))
+    parts = []
+    for name, lines in tables.items():
+        forms = [form for form in dict.fromkeys((*INFERENCE, *TRAINING)) if any(form in of for of in lines.values())]
+        parts.append(table([name, *forms], [
+            [title, *(' to '.join(dict.fromkeys(two_digits(end(of[form])) for end in (min, max))) if form in of else '-'
+                      for form in forms)]
+            for title, of in lines.items()]))
+    return '\n\n'.join(parts) or NOTHING
+
+
+def two_digits(value: float) -> str:
+    return f'{value:.{2 if value < 0.995 else 1 if value < 9.95 else 0}f}'
 
 
 def forms_table(rows: List[Dict[str, str]]) -> str:
@@ -475,6 +509,7 @@ TABLES: Dict[str, Callable[[], str]] = {
     'speed': speed_tables,
     'forms': forms_tables,
     'gains': gains_tables,
+    'ranges': ranges_tables,
     'throughput': throughput_tables,
     'roofline': roofline_tables,
     'complexity': complexity_table,

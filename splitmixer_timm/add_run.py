@@ -2,8 +2,9 @@
 
 Converts the run's last checkpoint (its EMA where it kept one) to safetensors, measures it on the whole official test
 set by timm's own validate.py, and writes the manifest entry; the run's arguments, its log and a picture of it are kept
-beside the weights. Of several runs, alike but for the seed, the first is published and all are reported. Nothing of
-the zoo is touched before all of that succeeded.
+beside the weights. Of several runs, alike but for the seed, the first is published and all are reported, with the
+arguments and the log of each (args.SEED.yaml, summary.SEED.csv). Nothing of the zoo is touched before all of that
+succeeded.
 
     python -m splitmixer_timm.add_run splitmixer_i_256_8.cifar10 RUN_DIR --dataset cifar10 \\
         --data-dir DATA --scripts TIMM_CHECKOUT --recipe 'four epochs, flips only'
@@ -234,6 +235,14 @@ def changed_from_registered(args: Dict[str, Any]) -> List[str]:
         if (tuple(value) if isinstance(value, list) else value) != registered[key]]
 
 
+def _summary_content(rows: List[Dict[str, str]]) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=rows[0].keys(), lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
 def _checked_run(run_dir: Path, arch: str, data_dir: Path) -> Dict[str, Any]:
     """ Arguments of a run, or a ValueError if it is not a finished one of that architecture."""
     run_args = read_args(run_dir)
@@ -355,18 +364,21 @@ def add_runs(
         entry['training']['images'] = trained_on
     if len(results) > 1:
         entry['metrics']['seeds'] = {str(a['seed']): r['top1'] for a, r in zip(all_args, results)}
-    summary = io.StringIO()
-    writer = csv.DictWriter(summary, fieldnames=rows[0].keys(), lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(rows)
-    curves = plot_curves(rows, f'{name}, seed {run_args["seed"]}')
-
     folder = manifest.WEIGHTS_DIR
-    manifest.replace_file(folder / entry['training']['args'], yaml.safe_dump(public_args(run_args)).encode())
-    manifest.replace_file(folder / entry['training']['summary'], summary.getvalue().encode())
-    manifest.replace_file(folder / entry['training']['curves'], curves)
+    kept = {folder / entry['training']['curves']: plot_curves(rows, f'{name}, seed {run_args["seed"]}')}
+    for other, other_args in zip(run_dirs, all_args):
+        for key, file_content in (('args', yaml.safe_dump(public_args(other_args)).encode()),
+                                  ('summary', _summary_content(read_summary(other)))):
+            file = folder / entry['training'][key]
+            kept[file if other == run_dir else file.with_stem(f'{file.stem}.{other_args["seed"]}')] = file_content
+    for file, file_content in kept.items():
+        manifest.replace_file(file, file_content)
     manifest.replace_file(folder / entry['file'], content)
-    return manifest.write_entry(name, entry)
+    entry = manifest.write_entry(name, entry)
+    beside = folder / 'runs' / name
+    for file in {*beside.glob('args.*.yaml'), *beside.glob('summary.*.csv')} - kept.keys():
+        file.unlink()  # of a seed that is no longer reported
+    return entry
 
 
 def main(argv: Optional[List[str]] = None) -> None:

@@ -238,6 +238,7 @@ def model_card(
         ('Started from', training.get('started_from')),
         ('Images', None if images is None else f'{images:,}' + (f', {split}' if split else '')),
         ('Epochs', training.get('epochs')),
+        ('Checkpoint', training.get('checkpoint')),
         ('Seed', training.get('seed')),
         ('Time', f'{training["hours"]} hours on {training["machine"]}' if 'hours' in training else None),
         ('Versions', f'torch {training["torch"]}, timm {training["timm"]}' if 'torch' in training else None),

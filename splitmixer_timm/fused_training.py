@@ -448,6 +448,23 @@ BLOCKS.append(FusedBlock)
 INDEPENDENT.extend([FusedBlock, FusedBlocks])
 
 
+def _check_trained(model: nn.Module, device: Optional[torch.device]) -> None:
+    if kernels is None:
+        raise Unsupported('torch without Triton')
+    if not isinstance(model, SplitMixer):
+        raise Unsupported(f'model {type(model).__name__}')
+    check_supported(model)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d) and (module.weight is None or module.bias is None):
+            raise Unsupported(f'a norm without weight or bias at {name}')
+    if any(hasattr(block.spatial_mixing, 'conv1') and not hasattr(block.spatial_mixing, 'conv2')
+           for block in model.blocks):
+        raise Unsupported("spatial_mixing='2d'")
+    device = torch.device(device or model.stem[0].weight.device)
+    if device.type == 'cuda' or _INTERPRETED:
+        kernels.check_launches(device)
+
+
 def fuse_for_training(
         model: SplitMixer,
         device: Optional[Union[str, torch.device]] = None,
@@ -479,20 +496,10 @@ def fuse_for_training(
     Raises:
         Unsupported: If the kernels do not cover the model, which then stays as it is; the message says why.
     """
-    if kernels is None:
-        raise Unsupported('torch without Triton')
-    if not isinstance(model, SplitMixer):
-        raise Unsupported(f'model {type(model).__name__}')
-    check_supported(model)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.BatchNorm2d) and (module.weight is None or module.bias is None):
-            raise Unsupported(f'a norm without weight or bias at {name}')
-    if any(hasattr(block.spatial_mixing, 'conv1') and not hasattr(block.spatial_mixing, 'conv2')
-           for block in model.blocks):
-        raise Unsupported("spatial_mixing='2d'")
-    device = torch.device(device or model.stem[0].weight.device)
-    if device.type == 'cuda' or _INTERPRETED:
-        kernels.check_launches(device)
+    try:
+        _check_trained(model, device)
+    except Unsupported as e:
+        raise Unsupported(f'fuse_for_training has no kernels for {e}.') from e
     if type(model.stem) is nn.Sequential:
         model.stem.__class__ = FusedStem
     for block in model.blocks:

@@ -463,6 +463,8 @@ def run_release(
     if (folder / SUMMARY).is_file():
         files[SUMMARY] = (folder / SUMMARY).read_bytes()
     training = {'seed': args.get('seed'), 'epochs': epoch if epoch is None else epoch + 1, **_told_by(files)}
+    if args.get('model_ema'):
+        training['checkpoint'] = 'EMA'  # which timm loads where there is one
     if args.get('initial_checkpoint'):
         training['started_from'] = 'a checkpoint'
     elif args.get('pretrained'):

@@ -748,7 +748,7 @@ _LAYOUTS = {
     'SplitMixer package': dict(
         stem='patch_emb.{n}', spatial='mixer_blocks.{even}.fn.{n}', mixer='mixer_blocks.{odd}.0.{mixer}',
         full='mixer_blocks.{odd}.0', norm='mixer_blocks.{odd}.2', head='head'),
-    'SplitMixer package, 3D': dict(
+    'SplitMixer package (3D)': dict(
         stem='patch_emb.{n}', spatial='spatial_mixer.{i}.fn.{n}', mixer='channel_mixer.{i}.0',
         full='channel_mixer.{i}.0', norm='channel_mixer.{i}.3', head='head.2'),
     'flat sequence': dict(

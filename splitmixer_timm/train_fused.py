@@ -24,7 +24,7 @@ def _create_fused(*args, **kwargs) -> nn.Module:
         # train.py moves the model there later
         return fuse_for_training(model, torch.device('cuda') if torch.cuda.is_available() else None, **OPTIONS)
     except Unsupported as e:
-        _logger.warning(f'The plain layers are trained: there are no kernels for {e}.')
+        _logger.warning(f'The plain layers are trained: {e}')
         return model
 
 

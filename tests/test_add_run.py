@@ -161,6 +161,7 @@ def test_seeds(run, tmp_path):
     elsewhere = dict(
         data_dir='/other', output='/other', resume='/other/last.pth.tar', workers=9, device='cpu', val_interval=3)
     (other / 'args.yaml').write_text(yaml.safe_dump({**args, **elsewhere, 'seed': 8}))
+    (other / 'summary.csv').write_text(SUMMARY.replace('2,1.0,0.9,80', '2,1.0,0.9,79'))
     worse = {k: v + 1 for k, v in run.state_dict.items()}
     torch.save({'epoch': 2, 'state_dict': worse}, other / 'last.pth.tar')
     run.validate.write_text(run.validate.read_text().replace(
@@ -173,6 +174,16 @@ def test_seeds(run, tmp_path):
     assert entry['metrics']['seeds'] == {'7': 81.25, '8': 80.5}
     saved = load_file(run.weights / entry['file'])
     assert all(torch.equal(saved[k], v) for k, v in run.state_dict.items())
+    # the arguments and the log of each are kept
+    kept = (run.weights / entry['training']['args']).parent
+    assert {path.name for path in kept.iterdir()} == {
+        'args.yaml', 'args.8.yaml', 'summary.csv', 'summary.8.csv', 'curves.png'}
+    assert [yaml.safe_load((kept / name).read_text())['seed'] for name in ('args.yaml', 'args.8.yaml')] == [7, 8]
+    assert '/other' not in (kept / 'args.8.yaml').read_text()
+    assert [(kept / name).read_text() for name in ('summary.csv', 'summary.8.csv')] == [
+        SUMMARY, SUMMARY.replace('2,1.0,0.9,80', '2,1.0,0.9,79')]
+    run.add()
+    assert {path.name for path in kept.iterdir()} == {'args.yaml', 'summary.csv', 'curves.png'}
 
 
 @pytest.mark.usefixtures('measured')

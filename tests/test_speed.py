@@ -183,6 +183,12 @@ def test_memory(results, monkeypatch):
     assert table[2][4].strip() == expected
     rates = [report.reports.number(2 / by_key[memory, 'plain']) for memory in ('returned', 'kept')]
     assert table[2][1].strip() == ' / '.join(rates)
+    # with single images the least and the most
+    single = {(row['memory'], row['form']): float(row['seconds']) for row in rows if row['batch_size'] == '1'}
+    gains = sorted(single[memory, 'plain'] / single[memory, 'optimized'] for memory in ('returned', 'kept'))
+    header, _, line = (line.split(' | ') for line in report.ranges_tables().splitlines())
+    assert header[0] == '| single images'
+    assert line[header.index('optimized')] == ' to '.join(dict.fromkeys(map(report.two_digits, gains)))
     # where it cannot be kept, that is said
     monkeypatch.setattr(speed.benchmark, 'keep_memory', lambda: False)
     status, rows = results(*models, '--memory', 'kept')
@@ -235,7 +241,8 @@ def test_threads_have_tables_of_their_own(results, monkeypatch):
 @pytest.mark.parametrize('other', ['fp32', BF16])
 def test_training(results, monkeypatch, other):
     monkeypatch.setattr(speed, 'has_bfloat16', lambda: other == 'bf16')
-    status, rows = results('--models', 'splitmixer_ii_256_8', 'convmixer_256_8', '--tasks', 'train')
+    models = ['splitmixer_ii_256_8', 'convmixer_256_8']
+    status, rows = results('--models', *models, '--tasks', 'train')
     assert status == 0
     forms = [('splitmixer_ii_256_8', form) for form in speed.TRAINING if not form.startswith('fused')] + [
         ('convmixer_256_8', form) for form in ('plain', 'compiled')]
@@ -244,6 +251,15 @@ def test_training(results, monkeypatch, other):
     assert all(float(row['peak_memory_mib']) > 1 for row in rows)
     assert 'of its memory' in report.forms_tables()
     assert report.gains_tables() == report.NOTHING
+    # of the SplitMixer alone
+    seconds = {(row['model'], row['form']): float(row['seconds']) for row in rows if row['precision'] == 'fp32'}
+    gains = [
+        report.two_digits(seconds[models[0], 'plain'] / seconds[models[0], form]) for form in ('created', 'compiled')]
+    lines = [line.split(' | ') for line in report.ranges_tables().splitlines()]
+    assert lines[0] == ['| a step of training', 'created', 'compiled |']
+    assert [line[0].rpartition(': ')[2] for line in lines[2:]] == [
+        f'{kind}, batch 2' for kind in dict.fromkeys(('fp32', other))]
+    assert lines[2][1:] == [gains[0], f'{gains[1]} |']
 
 
 def test_a_process_that_dies_is_recorded(results, monkeypatch):

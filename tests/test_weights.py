@@ -21,7 +21,6 @@ from timm.models import get_pretrained_cfg
 
 from splitmixer_timm import manifest, pretrained, splitmixer
 from splitmixer_timm.card import DATASETS
-from splitmixer_timm.runs import finished_epochs, read_summary
 
 NAME = 'splitmixer_i_256_8.cifar10'
 ENTRIES = sorted(manifest.entries())
@@ -54,13 +53,18 @@ class TestManifest:
 
     @pytest.mark.parametrize('name', ENTRIES)
     def test_run_is_kept(self, name):
-        training = manifest.entries()[name]['training']
-        args = yaml.safe_load((manifest.WEIGHTS_DIR / training['args']).read_text())
-        assert args['model'].partition('.')[0] == name.partition('.')[0]
-        assert args['seed'] == training['seed']
-        assert not [v for v in args.values() if isinstance(v, str) and v.startswith(('/', '~', '..'))]
-        rows = read_summary((manifest.WEIGHTS_DIR / training['summary']).parent)
-        assert finished_epochs(rows) == training['epochs']
+        """ And those of further seeds."""
+        entry = manifest.entries()[name]
+        training = entry['training']
+        for seed in entry['metrics'].get('seeds', {str(training['seed']): None}):
+            part = '' if seed == str(training['seed']) else f'.{seed}'
+            file, log = (manifest.WEIGHTS_DIR / training[key] for key in ('args', 'summary'))
+            args = yaml.safe_load(file.with_stem(f'args{part}').read_text())
+            assert args['model'].partition('.')[0] == name.partition('.')[0]
+            assert str(args['seed']) == seed
+            assert not [v for v in args.values() if isinstance(v, str) and v.startswith(('/', '~', '..'))]
+            last = log.with_stem(f'summary{part}').read_text().splitlines()[-1]
+            assert last.startswith(f'{training["epochs"] - 1},')
 
     @pytest.mark.parametrize('name', ENTRIES)
     def test_bundled_file(self, name):
