@@ -27,6 +27,9 @@ def capture(
         function: A function that was warmed up.
         stream: Stream of the warm-up.
         pool: Memory, as `torch.cuda.graph_pool_handle` names it, shared by graphs that are replayed in turn.
+
+    As torch's own graph trees do, this drops cuBLAS's workspaces of all streams: a graph of somebody else's keeps its
+    own only if that was allocated as it was captured.
     """
     graph = torch.cuda.CUDAGraph()
     # As torch's own graph trees do: the workspace of cuBLAS, whose address the graph keeps, comes from the graphs'

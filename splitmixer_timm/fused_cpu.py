@@ -453,7 +453,7 @@ class FusedSplitMixer(FusedModel):
         return prepared[0]
 
     def __getstate__(self) -> Dict[str, Any]:
-        return {**self.__dict__, '_prepared': None}  # a tensor in oneDNN's layout can be neither copied nor saved
+        return {**super().__getstate__(), '_prepared': None}  # a tensor in oneDNN's layout can be neither copied nor saved
 
     def _split(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
         """ A batch in pieces whose features fit the cache."""

@@ -136,7 +136,7 @@ class FusedSplitMixer(FusedModel):
 
     def __getstate__(self) -> Dict[str, Any]:
         graphs = ('_graphs', '_known', '_state', '_pool', '_stream', '_done', '_replaying')
-        return {name: value for name, value in self.__dict__.items() if name not in graphs}
+        return {name: value for name, value in super().__getstate__().items() if name not in graphs}
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         super().__setstate__(state)

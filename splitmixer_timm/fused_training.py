@@ -404,7 +404,8 @@ class FusedBlocks(nn.Sequential):
         return self._graphs is not None
 
     def __getstate__(self) -> Dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ('_graphs', '_captured', '_seen')}
+        graphs = ('_graphs', '_captured', '_seen')
+        return {name: value for name, value in super().__getstate__().items() if name not in graphs}
 
     def _replay(self, x: torch.Tensor) -> torch.Tensor:
         seen, self._seen = self._seen, self._state(x)

@@ -25,7 +25,9 @@ def state_of(blocks: Iterable[nn.Module]) -> Optional[List[Any]]:
     trained, and how exact products are. None where somebody looks on, whom graphs would leave out."""
     if is_everything_watched() or _saved_tensors_hooks(False) is not None or torch.is_anomaly_enabled():
         return None
-    state = [torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()]
+    # read apart: torch.get_float32_matmul_precision fails where these were set apart
+    exactness = [torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision]
+    state = [*exactness, torch.are_deterministic_algorithms_enabled()]
     waiting = list(blocks)
     while waiting:
         module = waiting.pop()

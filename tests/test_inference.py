@@ -625,6 +625,10 @@ class TestInterface:
         file.seek(0)
         for same in (copy.deepcopy(fused), torch.load(file, weights_only=False)):
             assert torch.equal(same(images), expected)
+        fused.compile(backend='eager')  # which no file has
+        torch.save(fused, file := io.BytesIO())
+        file.seek(0)
+        assert torch.equal(torch.load(file, weights_only=False)(images), expected)
 
     @pytest.mark.parametrize('kind', ['i', 'iv'])
     def test_loads_weights(self, kind, images):

@@ -168,6 +168,9 @@ def test_copies():
     assert not logits.requires_grad
     for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused)), fused.to(DEVICE)):
         assert torch.equal(other(x), logits)
+    compiled = copy.deepcopy(fused)
+    compiled.compile(backend='eager')  # which no file has
+    assert torch.equal(pickle.loads(pickle.dumps(compiled))(x), logits)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with pytest.raises(RuntimeError, match=r'the dtype it was made for, c(pu|uda) and torch\.float32'):
         fused.half()

@@ -441,6 +441,22 @@ def test_on_cpu():
     for _ in range(3):
         _assert_same(_step(graphed, x), _step(model, x))
     assert state_of(graphed.blocks) == state_of(graphed.blocks)
+    graphed.blocks.compile(backend='eager')  # which no file has
+    assert type(pickle.loads(pickle.dumps(graphed)).blocks) is FusedBlocks
+
+
+@not_interpreted
+@pytest.mark.parametrize('part', [torch.backends.cuda.matmul, torch.backends.cudnn.conv])
+def test_how_exact_products_are(part):
+    """ Graphs are captured anew where it changed."""
+    blocks = SplitMixer(10, 1, 3, 2).blocks
+    before, was = state_of(blocks), part.fp32_precision
+    try:
+        part.fp32_precision = 'ieee' if was == 'tf32' else 'tf32'
+        assert state_of(blocks) != before
+    finally:
+        part.fp32_precision = was
+    assert state_of(blocks) == before
 
 
 @pytest.mark.parametrize('variant', [pytest.param('splitmixer_i_256_8', marks=cuda)])
