@@ -357,6 +357,17 @@ class Block(nn.Module):
         return block
 
 
+def _versioned(members: Dict[str, Any], name: str) -> Tuple[Any, Optional[int]]:
+    """ A module or tensor of a module, and of a tensor the version, which an inference tensor comes to have by this."""
+    member = members[name]
+    if not isinstance(member, torch.Tensor):
+        return member, None
+    if member.is_inference():
+        with torch.inference_mode(False):
+            member = members[name] = member.clone()
+    return member, member._version
+
+
 class CompiledBlock(nn.Module):
     """ A block on images (N, H, W, C) by compiled kernels. What comes in and goes out lacks activation and norm."""
 
@@ -370,7 +381,8 @@ class CompiledBlock(nn.Module):
         self.dtype, self.spatial_residual = dtype, block.spatial_residual
         self.act1, self.act2, self.act = (activation(act) for act in (spatial.act1, spatial.act2, channel.act))
         for n, conv, norm in ((1, spatial.conv1, spatial.norm1), (2, spatial.conv2, spatial.norm2)):
-            self.register_buffer(f'weight{n}', conv.weight.detach().float().flatten(1).T.contiguous())
+            weight = conv.weight.detach().to(torch.float32, copy=True)
+            self.register_buffer(f'weight{n}', weight.flatten(1).T.contiguous())
             self.register_buffer(f'bias{n}', conv.bias.detach().to(torch.float32, copy=True))
             scale, shift = fold_affine(norm)
             self.register_buffer(f'scale{n}', scale)
@@ -440,20 +452,20 @@ class FusedSplitMixer(FusedModel):
         """ What runs, made anew where a tensor was changed, or a tensor or a module replaced."""
         prepared = self._prepared  # as other threads may replace it
         if prepared is None or any(
-                members.get(name) is not member or version is not None and member._version != version
-                for members, name, member, version in prepared[1]):
+                members.get(name) is not member or len(members) != count
+                or version is not None and member._version != version
+                for members, count, name, member, version in prepared[1]):
             parts = {name: self._modules[name] for name in ('stem', 'affine', 'blocks')}
-            state = [(self._modules, name, part, None) for name, part in parts.items()]
+            state = [(self._modules, len(self._modules), name, part, None) for name, part in parts.items()]
             for module in (module for part in parts.values() for module in part.modules()):
-                state += [(module._modules, name, child, None) for name, child in module._modules.items()]
-                state += [
-                    (module._buffers, name, tensor, None if tensor.is_inference() else tensor._version)
-                    for name, tensor in module._buffers.items() if tensor is not None]
+                for members in (module._modules, module._buffers):
+                    state += [(members, len(members), name, *_versioned(members, name)) for name in list(members)]
             self._prepared = prepared = self._prepare(is_recorded=False), state
         return prepared[0]
 
     def __getstate__(self) -> Dict[str, Any]:
-        return {**super().__getstate__(), '_prepared': None}  # a tensor in oneDNN's layout can be neither copied nor saved
+        # a tensor in oneDNN's layout can be neither copied nor saved
+        return {**super().__getstate__(), '_prepared': None}
 
     def _split(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
         """ A batch in pieces whose features fit the cache."""

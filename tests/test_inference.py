@@ -319,8 +319,9 @@ class TestCompile:
         assert torch.equal(one(images), other(images))
         assert torch.equal(copy.deepcopy(one)(images), one(images))
 
-    def test_model_is_left_alone(self, between, images):
-        model = build()
+    @pytest.mark.parametrize('changes', [{}, dict(kernel_size=1), dict(dim=1)])
+    def test_model_is_left_alone(self, between, images, changes):
+        model = build(channel_mixing='full', **changes)
         state = copy.deepcopy(model.state_dict())
         fused = optimize_for_inference(model, compile=True)
         fused(images)
@@ -651,13 +652,14 @@ class TestInterface:
     def test_made_in_inference_mode(self, images):
         """ What is made and loaded there has no versions of its own, and the new weights count all the same."""
         with torch.inference_mode():
-            fused, other = (optimize_for_inference(build()) for _ in range(2))
-            fused(images)
+            made, other = (optimize_for_inference(build()) for _ in range(2))
             for buffer in other.buffers():
                 buffer.mul_(1.5)
-            fused.load_state_dict(other.state_dict())
-            assert torch.equal(fused(images), copy.deepcopy(fused)(images))
-            assert difference(fused, other, images) == 0
+            for fused in (copy.deepcopy(made), made):
+                fused(images)
+                fused.load_state_dict(other.state_dict())
+                assert torch.equal(fused(images), copy.deepcopy(fused)(images))
+                assert difference(fused, other, images) == 0
 
     def test_replaced_modules(self, images):
         fused, other = (optimize_for_inference(build()) for _ in range(2))
@@ -666,6 +668,8 @@ class TestInterface:
         assert torch.equal(fused(images), copy.deepcopy(fused)(images))
         assert not torch.equal(fused(images), before)
         fused.blocks = fused.blocks[:1]
+        assert torch.equal(fused(images), copy.deepcopy(fused)(images))
+        fused.blocks.append(other.blocks[0])
         assert torch.equal(fused(images), copy.deepcopy(fused)(images))
 
     @pytest.mark.skipif(not fused_cpu._has_onednn(torch.float32), reason='needs oneDNN on x86')
