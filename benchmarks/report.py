@@ -239,8 +239,10 @@ def gains_table(rows: List[Dict[str, str]], threads: str) -> str:
 def ranges_tables() -> str:
     """ Every device, single images and training: how many times the plain model's images a second SplitMixers have."""
     tables: Dict[str, Dict[str, Dict[str, List[float]]]] = {}
+    sources = []
     for path in sorted(RESULTS_DIR.glob('*.speed.csv')):
         rows = SpeedResults(path).rows
+        shown = []
         for key, row in rows.items():
             is_training = row['mode'] == 'train'
             plain = rows.get((*key[:-1], 'plain'))
@@ -252,6 +254,8 @@ def ranges_tables() -> str:
             forms = tables.setdefault('a step of training' if is_training else 'single images', {}).setdefault(
                 title + of_threads(row['threads'], list(rows.values())), {})
             forms.setdefault(row['form'], []).append(float(plain['seconds']) / float(row['seconds']))
+            shown.append(row)
+        sources += [f'{reports.source(shown)}.'] if shown else []
     parts = []
     for name, lines in tables.items():
         forms = [form for form in dict.fromkeys((*INFERENCE, *TRAINING)) if any(form in of for of in lines.values())]
@@ -259,7 +263,7 @@ def ranges_tables() -> str:
             [title, *(' to '.join(dict.fromkeys(two_digits(end(of[form])) for end in (min, max))) if form in of else '-'
                       for form in forms)]
             for title, of in lines.items()]))
-    return '\n\n'.join(parts) or NOTHING
+    return '\n\n'.join([*parts, *sources]) or NOTHING
 
 
 def two_digits(value: float) -> str:

@@ -186,7 +186,8 @@ def test_memory(results, monkeypatch):
     # with single images the least and the most
     single = {(row['memory'], row['form']): float(row['seconds']) for row in rows if row['batch_size'] == '1'}
     gains = sorted(single[memory, 'plain'] / single[memory, 'optimized'] for memory in ('returned', 'kept'))
-    header, _, line = (line.split(' | ') for line in report.ranges_tables().splitlines())
+    header, _, line, _, source = (line.split(' | ') for line in report.ranges_tables().splitlines())
+    assert f'torch {torch.__version__}' in source[0]
     assert header[0] == '| single images'
     assert line[header.index('optimized')] == ' to '.join(dict.fromkeys(map(report.two_digits, gains)))
     # where it cannot be kept, that is said
@@ -255,7 +256,7 @@ def test_training(results, monkeypatch, other):
     seconds = {(row['model'], row['form']): float(row['seconds']) for row in rows if row['precision'] == 'fp32'}
     gains = [
         report.two_digits(seconds[models[0], 'plain'] / seconds[models[0], form]) for form in ('created', 'compiled')]
-    lines = [line.split(' | ') for line in report.ranges_tables().splitlines()]
+    lines = [line.split(' | ') for line in report.ranges_tables().splitlines() if line.startswith('|')]
     assert lines[0] == ['| a step of training', 'created', 'compiled |']
     assert [line[0].rpartition(': ')[2] for line in lines[2:]] == [
         f'{kind}, batch 2' for kind in dict.fromkeys(('fp32', other))]
