@@ -69,9 +69,15 @@ def _is_channels_last(x: torch.Tensor) -> bool:
 
 
 def has_known_size(x: torch.Tensor) -> bool:
-    """ Whether height and width of features are numbers, not symbols that stand for any size, which have no bound: by
-    those inductor cannot order the strides of views."""
+    """ Whether height and width of features are numbers, not symbols that stand for any size.
+
+    Those have no bound under `torch.compile`, where inductor cannot order the strides of views by them. In
+    `torch.export` they may have one, but a named `Dim` fails where torch asks how features lie in memory.
+    """
     if not torch.jit.is_scripting():
+        if torch.compiler.is_exporting():
+            is_number = torch.fx.experimental.symbolic_shapes.has_static_value
+            return is_number(x.shape[2]) and is_number(x.shape[3])
         if torch.compiler.is_compiling():
             known = torch.fx.experimental.symbolic_shapes.statically_known_true
             return known(x.shape[2] < 2**62) and known(x.shape[3] < 2**62)
@@ -80,9 +86,10 @@ def has_known_size(x: torch.Tensor) -> bool:
 
 @torch.fx.wrap
 def to_fast_format(x: torch.Tensor) -> torch.Tensor:
-    """ On a CPU channels_last, which its convolutions of few channels at a time want; elsewhere as given."""
+    """ On a CPU channels_last, which its convolutions of few channels at a time want; elsewhere, and in a graph exported
+    for any size, as given."""
     if not torch.jit.is_scripting():
-        if is_transformed(x):
+        if is_transformed(x) or torch.compiler.is_exporting() and not has_known_size(x):
             return x
     if x.device.type == 'cpu':
         return x.contiguous(memory_format=torch.channels_last)

@@ -326,6 +326,23 @@ class TestExport:
             for x in (images, torch.randn(5, 3, 21, 16)):
                 torch.testing.assert_close(program.module()(x), model(x))
 
+    @pytest.mark.parametrize('limits', [dict(min=8), dict(min=8, max=512)], ids=['open', 'bounded'])
+    @pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
+    def test_named_sizes(self, kind, images, limits, training):
+        """ Batch, height and width as named dimensions, which torch may not narrow by a condition of its own."""
+        model = tiny(kind).train(training)
+        dims = {0: torch.export.Dim('N'), 2: torch.export.Dim('H', **limits), 3: torch.export.Dim('W', **limits)}
+        program = torch.export.export(model, (images,), dynamic_shapes=(dims,))
+        with torch.no_grad():
+            for x in (images, torch.randn(5, 3, 21, 16)):
+                torch.testing.assert_close(program.module()(x), model(x))
+
+    def test_memory_of_a_fixed_size(self, kind, images):
+        """ Features of a known size are in channels_last in the graph as well."""
+        program = torch.export.export(tiny(kind), (images,), dynamic_shapes=({0: torch.export.Dim('N')},))
+        formats = [node.kwargs.get('memory_format') for node in program.graph.nodes]
+        assert torch.channels_last in formats
+
     def test_onnx(self, kind, images, tmp_path):
         """ Opset 18, dynamic batch, outputs equal under onnxruntime."""
         onnx = pytest.importorskip('onnx', reason='needs the extra export')
