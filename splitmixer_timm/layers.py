@@ -9,6 +9,7 @@ from typing import List, Optional
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.layers import register_notrace_module
 from torch.utils._device import DeviceContext
 
 __all__ = [
@@ -213,6 +214,7 @@ def interleave(maps: List[torch.Tensor]) -> torch.Tensor:
     return torch.stack(maps, dim=2).flatten(1, 2)
 
 
+@register_notrace_module
 class ChannelsLastGELU(nn.GELU):
     """ GELU, on a CPU as fast in channels_last memory as in contiguous."""
 
@@ -220,6 +222,7 @@ class ChannelsLastGELU(nn.GELU):
         return _gelu(x, self.approximate)
 
 
+@register_notrace_module  # a node of timm's feature graphs, as the convolution it is, in training and inference alike
 class AxisConv2d(nn.Conv2d):
     """ Depthwise 1 x k or k x 1 convolution, by whatever is fast for it."""
 

@@ -29,6 +29,7 @@ from timm.layers import (
     get_act_layer,
     get_device_dtype,
     get_norm_layer,
+    register_notrace_module,
     unfreeze_batch_norm_2d,
 )
 from timm.models import (
@@ -239,6 +240,7 @@ class SeparateSegmentMixing(nn.Module):
         return torch.cat(maps, dim=1)
 
 
+@register_notrace_module  # timm's feature graphs would have other nodes in training
 class SlidingSegmentMixing(nn.Module):
     """ One pointwise convolution slid over overlapping segments, `dim / n` maps from each of the n segments (type 3D).
 

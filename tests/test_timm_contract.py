@@ -4,6 +4,7 @@ Structure is tested on the variants as registered, on the meta device; numbers o
 compilers and exporters on a narrow model of each type of channel mixing. timm's own suite, which does the rest, is run
 by test_timm_suite.py. Its tests of intermediates go by a list of timm's modules, so they are written again here.
 """
+import copy
 import io
 import warnings
 
@@ -13,6 +14,7 @@ import torch
 from conftest import BASELINES, INDUCTOR, KINDS, SPLITMIXERS
 from timm.models import FeatureInfo, group_parameters
 from timm.models._features import FeatureGetterNet
+from timm.models._features_fx import FeatureGraphNet
 from timm.optim import create_optimizer_v2
 
 from splitmixer_timm import SplitMixer
@@ -252,6 +254,19 @@ class TestScript:
         with torch.no_grad():
             torch.testing.assert_close(traced(images), model(images))
             torch.testing.assert_close(traced(images[:, :, :7]), model(images[:, :, :7]))
+
+    def test_feature_graph(self, kind, images):
+        """ timm's extractor by torch.fx, which warns where training has other nodes than inference."""
+        model = tiny(kind)
+        with warnings.catch_warnings():
+            warnings.simplefilter('error', UserWarning)
+            features = FeatureGraphNet(copy.deepcopy(model), out_indices=(0, 2))
+        expected = model.forward_intermediates(images, indices=[0, 2], intermediates_only=True)
+        for actual, wanted in zip(features.eval()(images), expected, strict=True):
+            torch.testing.assert_close(actual, wanted)
+        expected = model.train().forward_intermediates(images, indices=[0, 2], intermediates_only=True)
+        for actual, wanted in zip(features.train()(images), expected, strict=True):
+            torch.testing.assert_close(actual, wanted)
 
     def test_fx_shows_every_convolution(self, kind, images):
         """ As they are called in eager mode: feature extractors and quantisation look for them in the graph."""
