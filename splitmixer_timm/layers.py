@@ -87,8 +87,10 @@ def has_known_size(x: torch.Tensor) -> bool:
 
 @torch.fx.wrap
 def to_fast_format(x: torch.Tensor) -> torch.Tensor:
-    """ On a CPU channels_last, which its convolutions of few channels at a time want; elsewhere, and in a graph exported
-    for any size, as given."""
+    """ On a CPU channels_last, which its convolutions of few channels at a time want.
+
+    As given elsewhere, and in a graph that is exported for any size.
+    """
     if not torch.jit.is_scripting():
         if is_transformed(x) or torch.compiler.is_exporting() and not has_known_size(x):
             return x
@@ -148,7 +150,7 @@ def to_square_format(x: torch.Tensor, size: int) -> torch.Tensor:
 def _axis_weight(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """ Depthwise 1 x k or k x 1 kernels for features, with zeros around them where square kernels are fast."""
     height, width = weight.shape[2], weight.shape[3]
-    size = max(height, width)
+    size = height * width  # one of them is 1
     if _has_square_kernels(x, size) and _is_channels_last(x):
         above, before = (size - height) // 2, (size - width) // 2
         return F.pad(weight, [before, before, above, above])
@@ -178,9 +180,9 @@ def pack_segments(x: torch.Tensor, num_segments: int) -> torch.Tensor:
 
 
 def unpack_segments(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """ The inverse of `pack_segments`, to the shape of `like`."""
+    """ The inverse of `pack_segments`, of `like`."""
     N, C, H, W = like.shape
-    if x.shape[0] == N:
+    if _is_channels_last(like):
         return x.permute(0, 2, 3, 1).reshape(N, H, W, C).permute(0, 3, 1, 2)
     return x.reshape(N, C, H, W)
 

@@ -613,7 +613,7 @@ class SplitMixer(nn.Module):
         """ Images to the input of the first block."""
         if torch.jit.is_scripting():
             self._check_input(x)
-        elif self._has_own_stem():
+        elif self._has_own_stem() and not torch.jit.is_tracing():  # sizes are tensors there, and checked but once
             self._check_input(x)
         x = self.stem(layers.to_fast_format(x))
         x = layers.to_fast_format(x)  # an image of one channel does not tell its format

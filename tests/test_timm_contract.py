@@ -248,6 +248,17 @@ class TestScript:
             warnings.simplefilter('ignore', FutureWarning)
             torch.testing.assert_close(torch.jit.script(getter)(images), getter(images))
 
+    def test_trace(self, kind, images):
+        """ Without a warning that a size has become a constant, and for other sizes."""
+        model = tiny(kind)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', FutureWarning)
+            warnings.simplefilter('error', torch.jit.TracerWarning)
+            traced = torch.jit.trace(model, images)
+        with torch.no_grad():
+            for x in (images, torch.randn(5, 3, 21, 16)):
+                torch.testing.assert_close(traced(x), model(x))
+
     def test_fx(self, kind, images):
         model = tiny(kind)
         traced = torch.fx.symbolic_trace(model)
