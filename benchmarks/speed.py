@@ -279,7 +279,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     memories = dict.fromkeys(args.memory) if device.type == 'cpu' else ['']
     turns = [(name, task, memory) for memory in memories for name in models for task in tasks]
     for name, task, memory in tqdm(turns, unit='task', disable=None):
-        # one process each: what the memory allocator makes of it is not what another left behind
+        # one process each: what the memory allocator makes of it is not what another task left behind
         with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool:
             try:
                 rows = pool.submit(measure, name, task, memory, str(device), args.turns, args.threads).result()
