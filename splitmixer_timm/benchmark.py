@@ -24,7 +24,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
@@ -41,6 +41,11 @@ from . import __version__
 from .machine import check_device, device_name
 from .manifest import replace_file
 from .paper import TABLE3
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 __all__ = ['Results', 'Row', 'Settings', 'build_model', 'run']
 
@@ -445,8 +450,25 @@ def measure_alone(row: Row, settings: Settings) -> Tuple[float, Dict[str, str]]:
     return result
 
 
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """ Nobody else has the lock of a folder meanwhile, where the system and the file system can lock one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        if fcntl is not None:
+            with suppress(OSError):
+                # the folder itself: a file to lock would have to stay among the results
+                descriptor = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+
+
 class Results:
     """ Rows of a results file, by their key; whatever is put is on disk at once.
+
+    Several processes may put rows into one file. Rows that are taken out of `rows` are gone from the file with the next
+    that is put.
 
     Args:
         path: CSV file, read if it is there.
@@ -459,6 +481,7 @@ class Results:
     def __init__(self, path: Path):
         self.path = path
         self.rows = self.read()
+        self._known = dict(self.rows)  # what was in the file when it was last read or written
 
     def read(self) -> Dict[Tuple[str, ...], Dict[str, str]]:
         """ Rows that are on disk."""
@@ -475,13 +498,18 @@ class Results:
         return {tuple(row[name] for name in self.key): row for row in rows}
 
     def put(self, row: Dict[str, str]) -> None:
-        """ Add a row, or replace the one with its key."""
-        self.rows[tuple(row[name] for name in self.key)] = row
-        text = io.StringIO()
-        writer = csv.DictWriter(text, self.columns, lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(self.rows.values())
-        replace_file(self.path, text.getvalue().encode())
+        """ Add a row, or replace the one with its key; other processes may have put theirs meanwhile."""
+        with _locked(self.path.parent):
+            self.rows = {
+                key: on_disk for key, on_disk in self.read().items()
+                if key in self.rows or self._known.get(key) != on_disk}
+            self.rows[tuple(row[name] for name in self.key)] = row
+            text = io.StringIO()
+            writer = csv.DictWriter(text, self.columns, lineterminator='\n')
+            writer.writeheader()
+            writer.writerows(self.rows.values())
+            replace_file(self.path, text.getvalue().encode())
+        self._known = dict(self.rows)
 
 
 def _rates_to_keep(old: Optional[Dict[str, str]], settings: Settings, origin: Dict[str, str]) -> List[float]:

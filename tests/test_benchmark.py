@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import types
 from dataclasses import replace
 from fractions import Fraction
@@ -418,6 +419,37 @@ class TestResume:
         monkeypatch.setattr(Subject, 'rate', rate)
         assert run(ROWS, TINY, results) == 0
         assert [(row['error'], len(row['rates'].split())) for row in rows_of(results)] == [('', 3)] * 2
+
+    def test_one_file_of_several(self, results):
+        """ Each process keeps what the others have put since it read the file."""
+        others = [Results(results.path) for _ in range(4)]
+
+        def put(n):
+            for batch_size in range(10):
+                others[n].put({**dict.fromkeys(benchmark.COLUMNS, str(n)), 'batch_size': str(batch_size)})
+
+        threads = [threading.Thread(target=put, args=(n,)) for n in range(len(others))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert {(row['model'], row['batch_size']) for row in rows_of(results)} == {
+            (str(n), str(batch_size)) for n in range(4) for batch_size in range(10)}
+
+    def test_rows_taken_out(self, results):
+        """ They are gone from the file, but for those that another process has measured anew."""
+        rows = {name: dict.fromkeys(benchmark.COLUMNS, name) for name in 'abc'}
+        for name in 'ab':
+            results.put(rows[name])
+        other = Results(results.path)
+        other.rows = {}
+        results.put({**rows['b'], 'img_per_s': '7'})
+        other.put(rows['c'])
+        assert [(row['model'], row['img_per_s']) for row in rows_of(results)] == [('b', '7'), ('c', 'c')]
+        assert [*other.rows.values()] == rows_of(results)
+        other.rows = {}
+        other.put(rows['a'])
+        assert rows_of(results) == [rows['a']]
 
     @pytest.mark.parametrize('content', [b'', b'a,b\n1,2\n', b'\xff\xfe', None])
     def test_damaged_file(self, tmp_path, content):
