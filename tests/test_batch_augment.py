@@ -62,31 +62,31 @@ def _images(items):
     return torch.stack([image for image, _ in items])
 
 
-def _photo():
+def _photo(brighter=0):
     """ Smooth and coloured, with a square in it and no black or white: each operation changes it in its own way."""
     across, down = np.meshgrid(np.arange(32), np.arange(32))
     pixels = np.stack([40 + 5 * across, 60 + 4 * down, 200 - 2 * (across + down)], -1)
     pixels[8:16, 8:20] = [210, 30, 90]
-    return Image.fromarray(pixels.astype(np.uint8))
+    return Image.fromarray((pixels + brighter).astype(np.uint8))
 
 
 def test_operations_are_torchvisions(monkeypatch):
     """ Of a batch, each of the same operations as of a PIL image, but for rounding and pixels at slanting borders."""
     policy = torchvision_rand_augment('torchvision-m12-n1')
     table = policy._augmentation_space(31, (32, 32))
-    picture = _photo()
-    batch = pil_to_tensor(picture)[None].repeat(2 * len(table), 1, 1, 1)
+    pictures = [_photo(brighter) for brighter in range(2 * len(table))]  # each keeps its place
+    batch = torch.stack([pil_to_tensor(picture) for picture in pictures])
     drawn = iter([torch.arange(len(table)).repeat(2), torch.tensor([0, 1]).repeat_interleave(len(table))])
     with monkeypatch.context() as context:
         context.setattr(torch, 'randint', lambda *args: next(drawn))
         made = policy.batch(batch)
-    assert all(torch.equal(image, pil_to_tensor(picture)) for image in batch)  # as they were
+    assert all(torch.equal(image, pil_to_tensor(picture)) for image, picture in zip(batch, pictures))  # as they were
     theirs = transforms.RandAugment(num_ops=1, magnitude=12)
     for n, image in enumerate(made):
         drawn = iter([torch.tensor([n % len(table)]), torch.tensor([n // len(table)])])
         with monkeypatch.context() as context:
             context.setattr(torch, 'randint', lambda *args, drawn=drawn: next(drawn))
-            expected = pil_to_tensor(theirs(picture))
+            expected = pil_to_tensor(theirs(pictures[n]))
         apart = (image.int() - expected.int()).abs()
         name = list(table)[n % len(table)]
         if name in ('ShearX', 'ShearY', 'Rotate'):
@@ -94,7 +94,7 @@ def test_operations_are_torchvisions(monkeypatch):
         else:
             assert apart.max() <= 1, name
         if name != 'Identity':
-            assert not torch.equal(image, batch[0]), name
+            assert not torch.equal(image, batch[n]), name
 
 
 def test_operations_are_drawn_alike():
