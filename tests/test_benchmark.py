@@ -325,6 +325,38 @@ class TestSteady:
         assert sum(bool(p.grad.any()) for p in model.parameters()) > 10
 
 
+    @pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+    def test_a_training_step_is_as_asked(self, monkeypatch, precision):
+        """ In its precision and memory format, with the gradients of one batch."""
+        class Learner(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.weight = torch.nn.Parameter(torch.ones(1))
+
+            def forward(self, x):
+                seen.append((torch.is_autocast_enabled('cpu') and torch.get_autocast_dtype('cpu'), x))
+                return x.flatten(1)[:, :benchmark.NUM_CLASSES] * self.weight
+
+        seen, gradients = [], []
+        monkeypatch.setattr(timm, 'create_model', lambda *args, **kwargs: Learner())
+        settings = replace(TINY, mode='train', precision=precision, memory_format='channels_last')
+        subject = Subject(ROWS[0], settings, make_images(settings))
+        for _ in range(3):
+            subject.step()
+            gradients.append(subject.step.args[0].weight.grad.item())
+        assert [kind for kind, _ in seen] == [torch.bfloat16 if precision == 'bf16' else False] * 3
+        assert all(x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous() for _, x in seen)
+        assert gradients[0] != 0
+        assert gradients[1:] == pytest.approx(gradients[:1] * 2, rel=0.01)  # steps are small
+
+    @pytest.mark.parametrize(('can_keep', 'memory'), [(True, 'kept'), (False, '')])
+    def test_memory_is_kept_where_it_says_so(self, probe, monkeypatch, can_keep, memory):
+        asked = []
+        monkeypatch.setattr(benchmark, 'keep_memory', lambda: asked.append(probe) or can_keep)
+        assert Subject(ROWS[0], TINY, make_images(TINY)).memory == memory
+        assert asked == [probe]
+
+
 class TestResume:
     def test_skips_what_is_there(self, results, measured):
         run(ROWS[:1], TINY, results)
