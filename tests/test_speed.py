@@ -3,6 +3,7 @@ import csv
 import re
 import subprocess
 import sys
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
@@ -144,6 +145,43 @@ def test_no_kernels(monkeypatch):
         speed.optimize_compiled(model)
     with pytest.raises(UserWarning, match='no compiler'):
         roofline.FORMS['optimized compiled'](model)
+
+
+@pytest.mark.parametrize('memory', ['returned', 'kept'])
+def test_measure(monkeypatch, memory):
+    """ Forms in turn, each of as many calls as fill a turn; what counts is the median time of a call."""
+    states, work_done, kept = set(), [], []
+
+    def form(name):
+        def run(images):
+            states.add((torch.is_grad_enabled(), torch.get_num_threads()))
+            called.append(name)
+            return torch.ones(len(images), 10)
+
+        return run
+
+    def seconds(work, device):
+        called.clear()
+        work()
+        work_done.append((called[0], len(called)))
+        return next(times[called[0]])
+
+    called = []
+    times = {'plain': iter([0.05, 0.4, 0.1, 0.12]), 'created': iter([0.02, 5., 0.5, 1.])}
+    monkeypatch.setattr(speed, 'seconds', seconds)
+    monkeypatch.setattr(speed, 'inference_forms', lambda *args: [(name, partial(form, name)) for name in times])
+    monkeypatch.setattr(speed.benchmark, 'keep_memory', lambda: kept.append(memory) or True)
+    threads = torch.get_num_threads()
+    try:
+        rows = speed.measure(
+            'splitmixer_i_256_8', speed.Task('infer', 'fp32', 2), memory, 'cpu', turns=3, threads=threads + 1)
+    finally:
+        torch.set_num_threads(threads)
+    assert work_done == [('plain', 1), ('created', 1), *[('plain', 2), ('created', 5)] * 3]
+    assert [[row[name] for name in ('form', 'seconds', 'fastest', 'slowest', 'turns')] for row in rows] == [
+        ['plain', '0.06', '0.05', '0.2', '3'], ['created', '0.2', '0.1', '1', '3']]
+    assert states == {(False, threads + 1)}
+    assert kept == ['kept'] * (memory == 'kept')
 
 
 @pytest.mark.skipif(not find_spec('onnxscript') or not find_spec('openvino'), reason='needs onnxscript and openvino')
