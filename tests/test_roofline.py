@@ -1,4 +1,6 @@
 """ benchmarks/roofline.py: the least work of each operation, and where the time goes. """
+from functools import partial
+
 import pytest
 import report
 import roofline
@@ -80,8 +82,30 @@ def test_ceilings():
     assert 1e8 < ceilings['operations'] < 1e15
 
 
-def test_measure():
-    lines = roofline.measure(('splitmixer_i_256_8_ks7_p7', ''), TINY, make_images(TINY), CEILINGS, passes=2)
+def test_ceilings_are_the_best_of_their_repeats(monkeypatch):
+    """ A copy reads and writes each of its bytes, a product multiplies and adds."""
+    times = iter([9., 2., 4., 8., 5., 3.])
+    monkeypatch.setattr(roofline, 'seconds', lambda work, device: next(times))
+    monkeypatch.setattr(torch, 'randn', torch.empty)  # takes no time, and no memory as nothing is done with it
+    assert roofline.measure_ceilings(CPU, torch.float32, repeats=2) == dict(
+        copy=2 * 4 * 2**26 / 2, operations=2 * 2048**3 / 3)
+
+
+def test_measure(monkeypatch):
+    done, times = [], iter([5., 1., 2.])
+    warm_up = roofline.Subject.warm_up
+
+    def seconds(work, device):
+        work()
+        if not isinstance(work, partial):  # an operation
+            return 0.25
+        done.append('forward')
+        return next(times)
+
+    monkeypatch.setattr(roofline.Subject, 'warm_up', lambda subject: done.append('warm-up') or warm_up(subject))
+    monkeypatch.setattr(roofline, 'seconds', seconds)
+    lines = roofline.measure(('splitmixer_i_256_8_ks7_p7', ''), TINY, make_images(TINY), CEILINGS, passes=3)
+    assert done == ['warm-up', 'forward', 'forward', 'forward']
     by_kind = {line['kind']: line for line in lines}
     assert [*by_kind][:2] == [roofline.FORWARD, roofline.FUSED]
     kinds = [line for line in lines[2:]]
@@ -93,7 +117,14 @@ def test_measure():
     assert sum(float(line['limit_seconds']) for line in kinds) == pytest.approx(
         float(forward['limit_seconds']), rel=1e-4)
     assert float(by_kind[roofline.FUSED]['limit_seconds']) < float(forward['limit_seconds'])
-    assert float(forward['seconds']) > 0
+    assert forward['seconds'] == '2'
+    for line in kinds:
+        assert float(line['seconds']) == 0.25 * int(line['calls'])
+    # the one moves bytes alone, the other's products take longer than its bytes
+    activation, pointwise = by_kind['activation'], by_kind['pointwise']
+    assert float(activation['limit_seconds']) == pytest.approx(int(activation['bytes']) / CEILINGS['copy'], rel=1e-5)
+    assert float(pointwise['limit_seconds']) == pytest.approx(
+        int(pointwise['operations']) / CEILINGS['operations'], rel=1e-5)
 
 
 def test_forms(run, tmp_path, monkeypatch):
