@@ -19,7 +19,7 @@ import timm
 import torch
 from conftest import ROOT
 
-from splitmixer_timm import benchmark, benchmark_report, cli, machine, paper
+from splitmixer_timm import benchmark, benchmark_report, cli, machine, manifest, paper
 from splitmixer_timm.benchmark import Results, Settings, Subject, backend_flags, check_models, make_images, run
 
 SCRIPTS = os.environ.get('SPLITMIXER_TIMM_SCRIPTS')
@@ -684,6 +684,22 @@ def rows(tmp_path_factory):
     return [*steady, *({**row, 'protocol': 'paper', 'rates': row['img_per_s']} for row in steady)]
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """ Points by the axes on which they are drawn."""
+    from matplotlib.axes import Axes
+
+    points = {}
+    plot = Axes.plot
+
+    def recording(self, x, y, *args, **kwargs):
+        points.setdefault(self, []).append((x, y))
+        return plot(self, x, y, *args, **kwargs)
+
+    monkeypatch.setattr(Axes, 'plot', recording)
+    return points
+
+
 class TestReport:
     def test_both_protocols_side_by_side(self, rows):
         group, = benchmark_report.group(rows)
@@ -745,6 +761,30 @@ class TestReport:
         assert benchmark_report.is_drawn(rows, path)
         assert not benchmark_report.is_drawn([{**rows[0], 'img_per_s': '1'}, *rows[1:]], path)
         assert [p.name for p in tmp_path.iterdir() if p.suffix == '.png' or p.suffix == '.tmp'] == ['picture.png']
+
+    def test_points(self, rows, tmp_path, drawn):
+        """ Of parameters and images a second, of ratios, of accuracy and images a second: the paper's, and ours."""
+        benchmark_report.draw(rows, tmp_path / 'picture.png')
+        convmixer, other = (float(row['img_per_s']) for row in rows[:2])
+        top1 = manifest.entries()['convmixer_256_8_ks7_p7.flowers102']['metrics']['top1']
+        left, middle, right = drawn.values()
+        assert left == [(701_542, 815.84), (168_494, 2291.44), (701_542, convmixer), (168_494, other)]
+        ratio = other / convmixer  # by each protocol
+        assert middle == [(2291.44 / 815.84, 0), (ratio, 0), (ratio, 0), (1, 1), (1, 1), (1, 1)]
+        assert right == [
+            (60.47, 815.84), (62.03, 2097.55), (59.33, 2322.02), (59., 2112.29), (61.51, 2110.92), (top1, convmixer)]
+
+    @pytest.mark.parametrize('table', ['TABLE3', 'TOP1'])
+    def test_papers_figures_that_changed(self, rows, tmp_path, monkeypatch, table):
+        path = tmp_path / 'picture.png'
+        benchmark_report.draw(rows, path)
+        figures = dict(getattr(paper, table))
+        if table == 'TABLE3':
+            figures[paper.BASELINE] = 'ConvMixer', 1815.84
+        else:
+            figures['flowers102'] = {**figures['flowers102'], 'i': 72.03}
+        monkeypatch.setattr(benchmark_report, table, figures)
+        assert not benchmark_report.is_drawn(rows, path)
 
 
 class TestDocuments:
@@ -810,7 +850,7 @@ class TestDocuments:
         row, = (line for line in lines if line.startswith('| I, α = 2/3 |'))
         assert row.endswith(' | 2.57 | 3 | 0.0% | 1.50 | 4.00 |')
 
-    def test_accuracy_picture(self, run_report, tmp_path, capsys, monkeypatch):
+    def test_accuracy_picture(self, run_report, tmp_path, capsys, monkeypatch, drawn):
         """ Drawn from the manifest and the paper's tables, and stale when a model of the zoo has another accuracy."""
         import report
         picture = tmp_path / 'benchmarks' / 'results' / 'accuracy.png'
@@ -827,6 +867,9 @@ class TestDocuments:
         assert not benchmark_report.is_drawn(changed, picture)
         report.draw_accuracies(changed, picture)
         assert benchmark_report.is_drawn(changed, picture)
+        assert [*drawn.values()] == [
+            [(float(row['params']), float(row['top1'])) for row in changed if row['dataset'] == dataset]
+            for dataset in ('cifar10', 'cifar100')]
 
     def test_picture_without_matplotlib(self, run_report, device, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr('report.find_spec', lambda name: None)
