@@ -23,6 +23,7 @@ from splitmixer_timm import cli, manifest, runs
 RECIPES = {path.stem: yaml.safe_load(path.read_text()) for path in runs.RECIPES_DIR.glob('*.yaml')}
 PLUS = ('cifar10_plus', 'cifar100_plus')
 PAPER = [name for name in RECIPES if not name.startswith('in1k') and name not in PLUS]
+IMAGENET = [name for name in RECIPES if name.startswith('in1k')]
 ABLATIONS = {
     'cifar10_no_spatial_residual': {'model_kwargs': {'spatial_residual': False}},
     'cifar10_channel_residual': {'model_kwargs': {'channel_residual': True}},
@@ -131,6 +132,8 @@ class TestPaper:
             assert repr(kinds['RandAugment']) == repr(RandAugment(num_ops=2, magnitude=12, num_magnitude_bins=31))
         if 'ColorJitter' in kinds:
             assert kinds['ColorJitter'].brightness is kinds['ColorJitter'].saturation is None  # changes nothing
+        assert args.hflip == 0.5
+        assert args.train_interpolation == ('bilinear' if name in ('flowers102', 'food101') else 'nearest')
         corners = Image.new('RGB', (size[2], size[1]))
         corners.putpixel((0, 0), (255, 0, 0))
         for _ in range(5):
@@ -145,6 +148,13 @@ def test_plus(name):
     for key in ('model', 'model_kwargs', 'dataset', 'aa'):
         assert recipe.get(key) == base.get(key)
     _, optimizer, args = build(recipe)
+    expected = dict(
+        batch_size=512, clip_grad=1., model_ema=True, model_ema_decay=0.999, hflip=0.5, scale=[0.75, 1.],
+        ratio=[0.9, 1.1111], color_jitter=0., train_interpolation='bicubic', reprob=0.25, mixup=0.2, cutmix=1.,
+        mixup_prob=0.5, smoothing=0.1)
+    assert {key: getattr(args, key) for key in expected} == expected
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert [(g['lr'], g['weight_decay']) for g in optimizer.param_groups] == [(0.02, 0.0125)]
     scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=97)
     rates = [0.]
     for step in range(epochs * 97):
@@ -153,6 +163,19 @@ def test_plus(name):
         assert abs(rates[-1] - rates[-2]) < 1e-3 * args.lr
     assert max(rates) == rates[30 * 97 + 1] == args.lr
     assert rates[-1] < 1e-4 * args.lr
+
+
+@pytest.mark.parametrize('name', IMAGENET)
+def test_imagenet(name):
+    """ ConvMixer's published recipe; biases and norms are not decayed."""
+    _, optimizer, args = build(RECIPES[name])
+    expected = dict(
+        batch_size=64, clip_grad=1., amp=True, channels_last=True, aa='rand-m9-mstd0.5-inc1', mixup=0.5, cutmix=0.5,
+        reprob=0.25, remode='pixel', smoothing=0.1)
+    assert {key: getattr(args, key) for key in expected} == expected
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert [(g['lr'], g['weight_decay'], g['eps']) for g in optimizer.param_groups] == [
+        (0.01, 0., 1e-3), (0.01, 2e-5, 1e-3)]
 
 
 @pytest.mark.parametrize('name', ABLATIONS)
