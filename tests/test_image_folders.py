@@ -89,6 +89,11 @@ def test_cifar(tmp_path, monkeypatch, name):
 @pytest.mark.parametrize('name', ['flowers102', 'food101'])
 def test_photographs(tmp_path, monkeypatch, name):
     flowers(tmp_path, monkeypatch) if name == 'flowers102' else food(tmp_path)
+    # smooth: of noise JPEG keeps less
+    across, down = np.meshgrid(np.linspace(0, 255, 20), np.linspace(0, 255, 15))
+    smooth = tmp_path / {
+        'flowers102': 'flowers-102/jpg/image_00001.jpg', 'food101': 'food-101/images/apple_pie/1.jpg'}[name]
+    Image.fromarray(np.stack([across, down, 255 - down], -1).astype(np.uint8)).save(smooth)
     folder = write_image_folders(name, tmp_path)
     labels = manifest.label_names(name)
     for split, count, size in (('train', 2, (230, 230)), ('validation', 1, (20, 15))):
@@ -96,6 +101,11 @@ def test_photographs(tmp_path, monkeypatch, name):
         manifest.check_class_order(sorted_classes(dataset.reader), name)
         assert sorted(label for _, label in dataset) == sorted(list(range(len(labels))) * count)
         assert {image.size for image, _ in dataset} == {size}
+    expected = Image.open(smooth).resize((230, 230), Image.Resampling.BILINEAR)
+    expected.save(tmp_path / 'expected.jpg', quality=95)
+    written = Image.open(folder / 'train' / {'flowers102': '001', 'food101': 'apple_pie'}[name] / smooth.name)
+    assert np.abs(np.asarray(written, int) - np.asarray(expected, int)).mean() < 1
+    assert written.quantization == Image.open(tmp_path / 'expected.jpg').quantization
     first = {'flowers102': ('image_00003.jpg', 'flowers-102/jpg', '001'),
              'food101': ('3.jpg', 'food-101/images/apple_pie', 'apple_pie')}[name]
     copied = folder / 'validation' / first[2] / first[0]
