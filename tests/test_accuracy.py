@@ -71,7 +71,9 @@ def test_whole_official_test_set(test_set, monkeypatch):
 def test_full_precision(tmp_path, monkeypatch):
     """ No TF32, which torch allows convolutions on CUDA by itself; afterwards all is as it was."""
     def precisions():
-        return torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+        backends = torch.backends
+        parts = backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv
+        return tuple(part.fp32_precision for part in parts)
 
     def answer(self, x):
         seen.append(precisions())
@@ -85,7 +87,7 @@ def test_full_precision(tmp_path, monkeypatch):
             torch.set_float32_matmul_precision(precision)
             now, seen = precisions(), []
             evaluate(NAME, images, batch_size=25)
-            assert set(seen) == {('ieee', 'ieee')}
+            assert set(seen) == {('ieee',) * 4}
             assert precisions() == now
             assert torch.get_float32_matmul_precision() == precision
         assert now != before
