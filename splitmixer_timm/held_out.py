@@ -6,7 +6,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Dict
 
-from huggingface_hub.utils import WeakFileLock
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
 from .add_run import count_images, latest_part, made_on
@@ -25,12 +24,6 @@ class HeldOutResults(Results):
     columns = (
         'model', 'recipe', 'seed', 'epochs', 'top1', 'trained_on', 'images', 'machine', 'torch', 'timm', 'date')
     key = ('model', 'recipe', 'seed', 'epochs')
-
-    def put(self, row: Dict[str, str]) -> None:
-        """ Add a row, or replace the one with its key; other drivers may have added theirs meanwhile."""
-        with WeakFileLock(self.path.with_suffix('.lock')):
-            self.rows = self.read()
-            super().put(row)
 
 
 def hold_out(train_dir: Path, target: Path) -> None:
