@@ -125,6 +125,7 @@ def _predict(args: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
+    from .hub_errors import HubError, one_line
     from .predict import Classifier, classify, find_images, read_stdin
 
     model_name = args.model
@@ -142,8 +143,10 @@ def _predict(args: argparse.Namespace) -> int:
         raise CommandError(f'no image found in {", ".join(args.images)}')
     try:
         classifier = Classifier(model_name, args.device)
+    except HubError as e:
+        raise CommandError(str(e)) from e
     except Exception as e:  # whatever a model from elsewhere has amiss (its config, its file, its place)
-        raise CommandError(f'cannot load {model_name}: {e or type(e).__name__}') from e
+        raise CommandError(f'cannot load {model_name}: {one_line(e)}') from e
 
     _escape_output()
     failures = 0

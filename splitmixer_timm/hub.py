@@ -40,7 +40,7 @@ from torch import nn
 
 from . import __version__, manifest
 from .card import DATASETS, merge_cards, model_card
-from .hub_errors import HubError, TransportError, checked_token, explained, within
+from .hub_errors import HubError, TransportError, checked_token, explained, explained_model, one_line, within
 from .machine import full_precision
 from .paper import top1 as paper_top1
 from .pretrained import HUB_FILENAME, check_download, weights_file
@@ -413,13 +413,14 @@ def run_release(
         'in_chans': args.get('in_chans') or (input_size[0] if input_size else None),  # as train.py has it
         'num_classes': args.get('num_classes'), 'global_pool': args.get('gp')}
     try:  # 'hf-hub:' and 'local-dir:' name a configuration, of which that folder or the Hub may have none any more
-        model = timm.create_model(
-            args['model'], **{key: value for key, value in given.items() if value is not None},
-            **(args.get('model_kwargs') or {}))
+        with explained_model(str(args['model'])):
+            model = timm.create_model(
+                args['model'], **{key: value for key, value in given.items() if value is not None},
+                **(args.get('model_kwargs') or {}))
     except Exception as e:
         raise ValueError(
             f'{folder} trained {args["model"]}, which cannot be made here '
-            f'({type(e).__name__}: {" ".join(str(e).split())[:300]}).') from e
+            f'({type(e).__name__}: {one_line(e)}).') from e
     if not _is_ours(model.pretrained_cfg.get('architecture')):
         raise ValueError(of_another)
     try:
@@ -639,8 +640,7 @@ def _load(folder: Path, name: str) -> nn.Module:
     try:
         return timm.create_model(f'local-dir:{folder}', pretrained=True)
     except Exception as e:  # whatever a config from elsewhere has amiss
-        reason = ' '.join(str(e).split())[:500] or type(e).__name__
-        raise HubError(f'{name}: {CONFIG} does not fit {WEIGHTS}: {reason}') from e
+        raise HubError(f'{name}: {CONFIG} does not fit {WEIGHTS}: {one_line(e)}') from e
 
 
 def download(

@@ -20,7 +20,8 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 
-__all__ = ['HubError', 'OutOfTime', 'TransportError', 'checked_token', 'explained', 'within']
+__all__ = [
+    'HubError', 'OutOfTime', 'TransportError', 'checked_token', 'explained', 'explained_model', 'one_line', 'within']
 
 # any failure of the connection: httpx's, of which huggingface_hub 2.0 made httpx2's
 TransportError = next(base for base in HfHubHTTPError.__bases__ if base is not OSError)
@@ -88,6 +89,16 @@ def checked_token(token: Optional[Union[str, bool]] = None, is_sent: bool = True
     return token
 
 
+def _without_secrets(message: str) -> str:
+    """ A message without an endpoint's user name and password, and without a token that could not be sent."""
+    return re.sub("""(?<=//)[^/@ ]*@|(?<=Bearer )[^'"]*""", '', message)
+
+
+def one_line(error: BaseException) -> str:
+    """ What an error says, in a line of bounded length that tells no secrets."""
+    return _without_secrets(' '.join(str(error).split()))[:500] or type(error).__name__
+
+
 def _reason(error: BaseException, revision: Optional[str]) -> str:
     if isinstance(error, LocalEntryNotFoundError):
         if error.__cause__ is not None:
@@ -120,7 +131,7 @@ def _reason(error: BaseException, revision: Optional[str]) -> str:
         return f'{endpoint} cannot be reached ({type(error).__name__}): check the network'
     if isinstance(error, json.JSONDecodeError):
         return f'{endpoint} answers, but not as the Hub does: check HF_ENDPOINT, and whether the network asks to log in'
-    message = str(error).splitlines()[0].rstrip('.') if str(error) else type(error).__name__
+    message = one_line(error).rstrip('.')
     if isinstance(error.__cause__, TransportError):
         return f'{message}: {_reason(error.__cause__, revision)}'
     return message
@@ -135,5 +146,17 @@ def explained(repo_id: str, revision: Optional[str] = None) -> Iterator[None]:
         raise
     except (EntryNotFoundError, HFValidationError, OSError, RuntimeError, SafetensorError, TransportError,
             XetDownloadError, json.JSONDecodeError) as e:
-        reason = re.sub('//[^/@ ]*@', '//', _reason(e, revision))  # an endpoint's without a user's name and password
-        raise HubError(f'{repo_id}: {reason}.') from e
+        raise HubError(f'{repo_id}: {_without_secrets(_reason(e, revision))}.') from e
+
+
+@contextmanager
+def explained_model(name: str) -> Iterator[None]:
+    """ As `explained`, for what timm makes a model of by name: it fetches the config of 'hf-hub:' by itself."""
+    scheme, _, place = name.partition(':')
+    if scheme.lower() not in ('hf-hub', 'hf_hub'):
+        yield
+        return
+    repo_id, _, revision = place.partition('@')
+    checked_token()
+    with explained(repo_id, revision or None):
+        yield

@@ -10,6 +10,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from timm import create_model
 from timm.data import create_transform, resolve_model_data_config
 
+from .hub_errors import explained_model
+
 __all__ = ['IMAGE_SUFFIXES', 'Classifier', 'Prediction', 'classify', 'find_images', 'load_image', 'read_stdin']
 
 IMAGE_SUFFIXES = ('.bmp', '.gif', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
@@ -100,13 +102,15 @@ class Classifier:
         device: Device to run on.
 
     Raises:
-        RuntimeError: If there is no such model or it has no weights.
+        RuntimeError: If there is no such model or it has no weights, or the Hub does not give it.
         ValueError: If it has no classes, or does not take RGB images.
     """
 
     def __init__(self, model_name: str, device: Union[str, torch.device] = 'cpu'):
         self.device = torch.device(device)
-        self.model = create_model(model_name, pretrained=True).to(self.device).eval()
+        with explained_model(model_name):
+            model = create_model(model_name, pretrained=True)
+        self.model = model.to(self.device).eval()
         self.transform = create_transform(**resolve_model_data_config(self.model), is_training=False)
         cfg = self.model.pretrained_cfg
         if not self.model.num_classes:

@@ -28,7 +28,7 @@ from torch import nn
 
 import splitmixer_timm
 from splitmixer_timm import HubError, card, cli, hub, manifest, pull_from_hub, push_to_hub
-from splitmixer_timm.hub_errors import explained
+from splitmixer_timm.hub_errors import explained, one_line
 from splitmixer_timm.predict import Classifier
 
 NAME = 'splitmixer_ii_256_8.cifar10'
@@ -611,7 +611,8 @@ class TestErrors:
             path = Path(constants.HF_TOKEN_PATH)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(stored)
-        for use_it in (pull_from_hub, lambda repo: push_to_hub(create(), repo)):
+        for use_it in (
+                pull_from_hub, lambda repo: push_to_hub(create(), repo), lambda repo: Classifier(f'HF_Hub:{repo}')):
             with pytest.raises(HubError, match='The token that is logged in') as error:
                 use_it(REPO)
             assert 'secret' not in ''.join(traceback.format_exception(error.value))
@@ -623,6 +624,31 @@ class TestErrors:
             with monkeypatch.context() as context:
                 context.setattr(constants, setting, True)
                 assert isinstance(pull_from_hub(REPO), splitmixer_timm.SplitMixer)
+
+    def test_model_that_timm_fetches(self, server, run_dir, monkeypatch, capfd):
+        """ timm has the Hub asked for config.json first; both commands tell what `pull` would."""
+        folder, _ = run_dir
+        args = yaml.safe_load((folder / 'args.yaml').read_text())
+        (folder / 'args.yaml').write_text(yaml.safe_dump({**args, 'model': f'hf-hub:{REPO}', 'model_kwargs': {}}))
+        commands = (
+            ['predict', str(ROOT / 'tests/assets/airplane.png'), '--model', f'hf-hub:{REPO}'], ['card', str(folder)])
+
+        def errors():
+            assert [cli.main(command) for command in commands] == [2, 2]
+            lines = capfd.readouterr().err.splitlines()
+            assert len(lines) == 2
+            assert 'secret' not in ''.join(lines)
+            return lines
+
+        predict, card_of_run = errors()
+        assert predict.startswith(f'splitmixer-timm: error: {REPO}: no such repository')
+        assert f'trained hf-hub:{REPO}, which cannot be made here (HubError: {REPO}: no such' in card_of_run
+        monkeypatch.setenv('HF_TOKEN', 'hf_\x0bsecret')
+        assert all('The token that is logged in' in line for line in errors())
+        monkeypatch.setattr(constants, 'ENDPOINT', constants.ENDPOINT.replace('//', '//user:secret@'))
+        monkeypatch.setenv('HF_TOKEN', '')
+        server.__exit__(None, None, None)
+        assert all('http://127.0.0.1' in line for line in errors())
 
     def test_endpoint_with_a_password(self, server, monkeypatch):
         server.__exit__(None, None, None)
@@ -638,6 +664,15 @@ class TestErrors:
             raise EntryNotFoundError(f'404\n\nEntry Not Found for url: {url}.')
         assert 'a file is missing (Entry Not Found for url: http://127.0.0.1' in str(error.value)
         assert 'secret' not in str(error.value)
+
+    @pytest.mark.parametrize(('error', 'told'), [
+        (ValueError(f'no\n  {"/" * 600}'), f'no {"/" * 497}'),
+        (ValueError("Illegal header value b'Bearer hf_\\x0bsecret'"), "Illegal header value b'Bearer '"),
+        (OSError(f'{"x" * 485} http://user:secret@host'), f'{"x" * 485} http://host'),
+        (ValueError(), 'ValueError')], ids=['lines', 'token', 'password', 'nothing'])
+    def test_one_line(self, error, told):
+        """ What timm itself loads from the Hub fails with errors of the connection."""
+        assert one_line(error) == told
 
     def test_reason_of_a_refusal(self, server, monkeypatch):
         """ What the Hub says itself is passed on."""
@@ -1163,7 +1198,7 @@ class TestCommandLine:
         assert not [content for content in published.values() if str(tmp_path).encode() in content]
 
     @pytest.mark.parametrize(('model', 'message'), [
-        ('hf-hub:alice/none', 'trained hf-hub:alice/none, which cannot be made here (RepositoryNotFoundError'),
+        ('hf-hub:alice/none', 'trained hf-hub:alice/none, which cannot be made here (HubError: alice/none: no such '),
         ('local-dir:nowhere', 'trained local-dir:nowhere, which cannot be made here ('),
         ('local-dir:FOLDER', 'FOLDER, which is no model of this package'),
         ('resnet18', 'trained resnet18, which is no model of this package'),
