@@ -371,14 +371,7 @@ def add_runs(
                                   ('summary', _summary_content(read_summary(other)))):
             file = folder / entry['training'][key]
             kept[file if other == run_dir else file.with_stem(f'{file.stem}.{other_args["seed"]}')] = file_content
-    for file, file_content in kept.items():
-        manifest.replace_file(file, file_content)
-    manifest.replace_file(folder / entry['file'], content)
-    entry = manifest.write_entry(name, entry)
-    beside = folder / 'runs' / name
-    for file in {*beside.glob('args.*.yaml'), *beside.glob('summary.*.csv')} - kept.keys():
-        file.unlink()  # of a seed that is no longer reported
-    return entry
+    return manifest.write_entry(name, entry, {**kept, folder / entry['file']: content})
 
 
 def main(argv: Optional[List[str]] = None) -> None:

@@ -10,7 +10,7 @@ import tempfile
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Sequence, Tuple, Union
+from typing import Any, ContextManager, Dict, Iterator, Optional, Sequence, Tuple, Union
 
 from huggingface_hub.utils import WeakFileLock
 
@@ -94,17 +94,29 @@ def check_class_order(names: Sequence[str], dataset: str) -> None:
             f'them by number, {1:0{len(str(len(labels)))}} ({labels[0]}) to {len(labels)} ({labels[-1]}).')
 
 
-def write_entry(name: str, entry: Dict[str, Any]) -> Dict[str, Any]:
-    """ Put an entry into the manifest's file, in place of one of that name.
+def write_entry(name: str, entry: Dict[str, Any], files: Optional[Dict[Path, bytes]] = None) -> Dict[str, Any]:
+    """ Put an entry into the manifest's file, in place of one of that name; what fails leaves all as it was.
+
+    Args:
+        name: 'arch.tag'.
+        entry: The entry.
+        files: Its files, weights last, so that they do not wait for others to be the manifest's. The arguments and
+            the log of a seed that is not among them are removed.
 
     Returns:
         The entry as it is now: where the same weights are published, it says so still.
     """
-    with _open_manifest() as models:
-        old = models.get(name, {})
-        if old.get('sha256') == entry.get('sha256'):
-            entry = {**entry, **{key: old[key] for key in _PUBLISHED if key in old.keys() - entry.keys()}}
-        models[name] = entry
+    changes: Dict[Path, Optional[bytes]] = {}
+    with _lock():
+        if files:
+            beside = WEIGHTS_DIR / 'runs' / name
+            changes.update(dict.fromkeys({*beside.glob('args.*.yaml'), *beside.glob('summary.*.csv')} - files.keys()))
+            changes.update(files)
+        with _changed(changes), _open_manifest() as models:
+            old = models.get(name, {})
+            if old.get('sha256') == entry.get('sha256'):
+                entry = {**entry, **{key: old[key] for key in _PUBLISHED if key in old.keys() - entry.keys()}}
+            models[name] = entry
     return entry
 
 
@@ -119,21 +131,45 @@ def record(name: str, sha256: str, **place: str) -> None:
     Raises:
         ValueError: If the weights of that name are others by now.
     """
-    with _open_manifest() as models:
+    with _lock(), _open_manifest() as models:
         if models.get(name, {}).get('sha256') != sha256:
             raise ValueError(f'{name} has other weights now than were published, and is not recorded')
         models[name].update(place)
 
 
+def _lock() -> ContextManager:
+    """ Nobody else writes the zoo meanwhile."""
+    return WeakFileLock(WEIGHTS_DIR / 'manifest.lock')
+
+
 @contextmanager
 def _open_manifest() -> Iterator[Dict[str, Any]]:
-    """ The entries in the manifest's file, to change: it is written at the end, and nobody else writes it meanwhile."""
+    """ The entries in the manifest's file, to change: it is written at the end."""
     path = WEIGHTS_DIR / 'manifest.json'
-    with WeakFileLock(path.with_suffix('.lock')):
-        zoo = json.loads(path.read_text(encoding='utf-8'))
-        yield zoo['models']
-        zoo['models'] = dict(sorted(zoo['models'].items()))
-        replace_file(path, (json.dumps(zoo, indent=2) + '\n').encode())
+    zoo = json.loads(path.read_text(encoding='utf-8'))
+    yield zoo['models']
+    zoo['models'] = dict(sorted(zoo['models'].items()))
+    replace_file(path, (json.dumps(zoo, indent=2) + '\n').encode())
+
+
+@contextmanager
+def _changed(changes: Dict[Path, Optional[bytes]]) -> Iterator[None]:
+    """ Files written, or removed where they have no content, in this order; as they were if the body fails."""
+    before = {path: path.read_bytes() if path.is_file() else None for path in changes}
+    try:
+        _write(changes)
+        yield
+    except BaseException:
+        _write(before)
+        raise
+
+
+def _write(files: Dict[Path, Optional[bytes]]) -> None:
+    for path, content in files.items():
+        if content is None:
+            path.unlink(missing_ok=True)
+        else:
+            replace_file(path, content)
 
 
 def replace_file(path: Path, content: bytes) -> None:

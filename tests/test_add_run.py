@@ -205,6 +205,58 @@ def test_added_again(run):
     assert not place.keys() & entry().keys()
 
 
+@pytest.fixture
+def seeds(run, tmp_path):
+    """ The run, and another of other weights and of seed 8."""
+    other = tmp_path / 'other'
+    shutil.copytree(run.path, other)
+    args = yaml.safe_load((other / 'args.yaml').read_text())
+    (other / 'args.yaml').write_text(yaml.safe_dump({**args, 'seed': 8}))
+    torch.save({'epoch': 2, 'state_dict': {k: v + 1 for k, v in run.state_dict.items()}}, other / 'last.pth.tar')
+    return [run.path, other]
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob('*') if path.is_file() and path.suffix != '.lock'}
+
+
+@pytest.mark.usefixtures('measured')
+@pytest.mark.parametrize('last', ['args.yaml', f'{NAME}.safetensors', 'manifest.json'])
+def test_interrupted(run, seeds, monkeypatch, last):
+    """ Whatever was written when it came, the zoo is as before, and its weights are the manifest's."""
+    run.add(runs=seeds)
+    before = contents(run.weights)
+    replace_file = manifest.replace_file
+
+    def interrupted(path, content):
+        if path.name == last and path.read_bytes() == before[path]:
+            raise KeyboardInterrupt
+        replace_file(path, content)
+
+    monkeypatch.setattr(manifest, 'replace_file', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.add(runs=seeds[1:])
+    assert contents(run.weights) == before
+
+
+@pytest.mark.usefixtures('measured')
+def test_two_at_once(run, seeds, monkeypatch):
+    """ What another process adds while the first measures is replaced whole."""
+    run.add(runs=seeds)
+    before = contents(run.weights)
+    write_entry = manifest.write_entry
+
+    def late(*args):
+        monkeypatch.setattr(manifest, 'write_entry', write_entry)
+        run.add(runs=seeds[1:])
+        assert contents(run.weights) != before
+        return write_entry(*args)
+
+    monkeypatch.setattr(manifest, 'write_entry', late)
+    run.add(runs=seeds)
+    assert contents(run.weights) == before
+
+
 @pytest.mark.usefixtures('measured')
 def test_resumed_run(run):
     """ train.py writes the header again when it resumes, and an epoch again that was cut off before its checkpoint."""
