@@ -20,7 +20,15 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 import timm
 import torch
 import yaml
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, hf_hub_download
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelInfo,
+    constants,
+    hf_hub_download,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -506,16 +514,16 @@ def folder_release(
 
 
 @contextmanager
-def _new_branch(api: HfApi, repo_id: str, branch: str) -> Iterator[str]:
-    """ Make a branch and yield its commit; it is deleted if the body fails and nobody else has committed to it."""
+def _new_branch(api: HfApi, repo_id: str, branch: str) -> Iterator[ModelInfo]:
+    """ Make a branch and yield its info; it is deleted if the body fails and nobody else has committed to it."""
     api.create_branch(repo_id, branch=branch)
     made_from = None
     try:
-        made_from = api.model_info(repo_id, revision=branch).sha
+        made_from = api.model_info(repo_id, revision=branch)
         yield made_from
     except BaseException:
         with suppress(TransportError):
-            if made_from is None or api.model_info(repo_id, revision=branch).sha == made_from:
+            if made_from is None or api.model_info(repo_id, revision=branch).sha == made_from.sha:
                 api.delete_branch(repo_id, branch=branch)
         raise
 
@@ -540,14 +548,14 @@ def upload(
         if repo_id != asked:  # a name without its user's was completed
             files[CARD] = release.repo_card(repo_id)
         try:
-            head = api.model_info(repo_id, revision=revision).sha
+            info = api.model_info(repo_id, revision=revision)
         except RevisionNotFoundError:
             if create_pr:
                 raise
-            head = stack.enter_context(_new_branch(api, repo_id, revision))
+            info = stack.enter_context(_new_branch(api, repo_id, revision))
         with tempfile.TemporaryDirectory() as folder:
             try:
-                existing = hf_hub_download(repo_id, CARD, revision=head, local_dir=folder, token=token, **_LIBRARY)
+                existing = hf_hub_download(repo_id, CARD, revision=info.sha, local_dir=folder, token=token, **_LIBRARY)
             except RemoteEntryNotFoundError:  # not its base class, which an answer that failed to come has too
                 pass
             else:
@@ -555,14 +563,19 @@ def upload(
                     Path(existing).read_text(encoding='utf-8-sig'), files[CARD].decode(),
                     release.license is None)
                 files[CARD] = card.encode()
+        # of the run of earlier weights: nothing would tell that they are not of these
+        stale = {file.rfilename for file in info.siblings or ()} & {ARGS, SUMMARY} - files.keys()
         return api.create_commit(
             repo_id,
-            [CommitOperationAdd(name, content) for name, content in files.items()],
+            [
+                *(CommitOperationAdd(name, content) for name, content in files.items()),
+                *(CommitOperationDelete(name) for name in sorted(stale)),
+            ],
             commit_message=commit_message,
             revision=revision,
             create_pr=create_pr,
             # the card was merged with that of this commit: whatever came in between must not be overwritten
-            parent_commit=parent_commit or head,
+            parent_commit=parent_commit or info.sha,
         )
 
 
@@ -587,8 +600,8 @@ def push_to_hub(
     One commit with config.json, model.safetensors and the card. Nothing is guessed of a model that was trained further:
     its metrics, data set and class names are those given here, or none; only a model with the zoo's own weights has
     the zoo's. A card that is there already is made anew but for what others wrote in it and the licence that they
-    chose. Pushing the same again makes no new commit. The model is run once on noise, in eval mode, to see that its
-    arguments and weights make it again.
+    chose, and the arguments and log of an earlier model's run are removed. Pushing the same again makes no new commit.
+    The model is run once on noise, in eval mode, to see that its arguments and weights make it again.
 
     Args:
         model: Model of this package from `timm.create_model`, as it is or wrapped (compiled, DDP, EMA).

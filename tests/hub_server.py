@@ -142,8 +142,17 @@ class Repo:
                 k: self.add_large(v) if self.is_large(k, v, len(v)) else Blob(v) for k, v in files.items()}
             return self.add_commit(self.resolve(branch), blobs, title, '', branch)
 
-    def add_commit(self, parent: Commit, blobs: Mapping[str, Blob], title: str, description: str, ref: str) -> Commit:
-        self.commits.append(Commit(parent.id, title, description, dict(sorted({**parent.blobs, **blobs}.items()))))
+    def add_commit(
+            self,
+            parent: Commit,
+            changes: Mapping[str, Optional[Blob]],
+            title: str,
+            description: str,
+            ref: str,
+    ) -> Commit:
+        """ A commit that adds or replaces files, or deletes them, where they are None."""
+        blobs = {path: blob for path, blob in sorted({**parent.blobs, **changes}.items()) if blob is not None}
+        self.commits.append(Commit(parent.id, title, description, blobs))
         (self.pulls if ref.startswith('refs/pr/') else self.branches)[ref] = self.commits[-1].id
         return self.commits[-1]
 
@@ -617,7 +626,7 @@ class Call:
     def commit(self, repo: str, rev: str) -> Answer:
         opened = self.open(repo, self.right_to_change)
         header: Dict[str, Any] = {}
-        blobs: Dict[str, Blob] = {}
+        blobs: Dict[str, Optional[Blob]] = {}
         for line in map(json.loads, self.body.splitlines()):
             value = line['value']
             if line['key'] == 'header':
@@ -626,6 +635,8 @@ class Call:
                 blobs[value['path']] = Blob(base64.b64decode(value['content']))
             elif line['key'] == 'lfsFile':
                 blobs[value['path']] = opened.find_large(value['oid'], value['size'])
+            elif line['key'] == 'deletedFile':
+                blobs[value['path']] = None
             else:
                 raise HubError(400, f'Operation not supported: {line["key"]}')
         head, parent = opened.resolve(rev), header.get('parentCommit')

@@ -1036,6 +1036,19 @@ class TestCommandLine:
         assert cli.main(['push', str(folder), 'alice/copy']) == 0
         assert json.loads(files(server, 'alice/copy')['config.json'])['label_names'][0] == 'airplane'
 
+    @pytest.mark.parametrize('revision', [None, 'v2'])
+    def test_push_over_a_run(self, server, run_dir, revision):
+        """ What tells of the run goes with its weights, and what others put beside them stays."""
+        assert cli.main(['push', str(run_dir[0]), REPO]) == 0
+        server.repos[REPO].commit({'notes.txt': b'Mine'}, 'Edit')
+        for _ in range(2):
+            push_to_hub(create(), REPO, token=TOKEN, revision=revision)
+            published = files(server, revision=revision or 'main')
+            assert published.keys() == {'config.json', 'model.safetensors', 'README.md', 'notes.txt'}
+        model = create()
+        commits = [push_to_hub(model, REPO, token=TOKEN, revision=revision) for _ in range(2)]
+        assert commits[0] == commits[1]
+
     def test_card_of_a_pulled_run(self, server, run_dir, tmp_path, capsys):
         """ It names the files that are there."""
         assert cli.main(['push', str(run_dir[0]), REPO]) == 0

@@ -86,6 +86,15 @@ class TestRoundTrip:
         assert read(revision=info.oid) == CONTENT
         assert hub.requests == []
 
+    def test_delete(self, hub):
+        repo = hub.create_repo(NAME)
+        before = set(repo.files())
+        push(FILES)
+        push({LARGE: CONTENT})
+        for name in FILES:
+            hf.HfApi(token='hf_alice').delete_file(name, NAME)
+        assert set(repo.files()) == before
+
     def test_other_processes(self, hub, tmp_path):
         """ One pushes, then two pull at the same time while the first is still there."""
         hub.create_repo(NAME)
