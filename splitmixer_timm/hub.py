@@ -251,6 +251,7 @@ class Release:
         if any(value.is_meta for value in self.model.state_dict().values()):
             raise ValueError("model must have its weights, got one on device 'meta'.")
         self.metrics = _checked_metrics(self.metrics)
+        self.dataset = next((key for key, data in DATASETS.items() if data.hub_id == self.dataset), self.dataset)
         classes = self.model.num_classes
         if self.label_names is not None:
             names = self.label_names
@@ -317,12 +318,13 @@ class Release:
         cfg = {**config['pretrained_cfg'], **{key: config[key] for key in above if key in config}}
         if self.dataset is None and any(key in self.metrics for key in _METRICS):
             _logger.warning('no data set is given: the Hub will not list the metrics')
+        is_papers = self.name is not None and self.dataset == manifest.entries()[self.name]['dataset']
         own, registered = map(
             _computation, (self.model, timm.create_model(config['architecture'], device='meta')))
         return model_card(
             self.model, title, source, cfg, self.metrics, self.dataset, self.training,
             arguments={key: value for key, value in own.items() if value != registered[key]},
-            paper=paper_top1(self.name) if self.name else None)
+            paper=paper_top1(self.name) if is_papers else None)
 
     def files(self, repo_id: str) -> Dict[str, bytes]:
         """ Every file of its repository."""
@@ -363,8 +365,8 @@ def _of_the_zoo(name: str, model: nn.Module, **given) -> Release:
     zoo, own = (
         json.loads(json.dumps(resolve_data_config(pretrained_cfg=cfg)))  # lists and tuples alike
         for cfg in (timm.get_pretrained_cfg(name).to_dict(), release.cfg))
-    if zoo != own and given.get('metrics') is None:
-        release.metrics = {}  # the zoo's were measured on images prepared otherwise
+    if (zoo != own or release.dataset != dataset) and given.get('metrics') is None:
+        release.metrics = {}  # the zoo's were measured on other images, or on images prepared otherwise
     return release
 
 
@@ -381,9 +383,7 @@ def _dataset_of(name: str) -> Optional[str]:
     """ Data set behind train.py's `--dataset`, None for folders and unknown ones."""
     scheme, rest = split_dataset(name)
     if scheme in HUB_SCHEMES:
-        if is_local_dataset(name):
-            return None
-        return next((key for key, data in DATASETS.items() if data.hub_id == rest), rest)
+        return None if is_local_dataset(name) else rest
     return rest if scheme in ('torch', 'tfds') and rest in DATASETS else None
 
 

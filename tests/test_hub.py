@@ -294,6 +294,19 @@ class TestContents:
         assert hub._describe(model, data_config=other).metrics == {}
         assert hub._describe(model, data_config=other, metrics=dict(top1=80.)).metrics == dict(top1=80.)
 
+    def test_zoo_on_another_data_set_was_not_measured(self):
+        """ The Hub's id of its own is no other."""
+        model = timm.create_model(ZOO, pretrained=True)
+        text = hub._describe(model).card('a', 'b')
+        assert hub._describe(model, dataset='uoft-cs/cifar10').card('a', 'b') == text
+        for dataset in ('alice/insects', 'cifar100'):
+            text = hub._describe(model, dataset=dataset).card('a', 'b')
+            assert 'model-index' not in text
+            assert 'Not measured.' in text
+            text = hub._describe(model, dataset=dataset, metrics=dict(top1=12.25)).card('a', 'b')
+            assert '12.25' in text
+            assert "The paper's top-1" not in text
+
     def test_preprocessing(self, server):
         push_to_hub(create(), REPO, token=TOKEN, data_config=dict(mean=(0.5, 0.5, 0.5), input_size=(3, 64, 64)))
         config = timm.data.resolve_model_data_config(pull_from_hub(REPO))

@@ -90,7 +90,6 @@ class TestRoundTrip:
         repo = hub.create_repo(NAME)
         before = set(repo.files())
         push(FILES)
-        push({LARGE: CONTENT})
         for name in FILES:
             hf.HfApi(token='hf_alice').delete_file(name, NAME)
         assert set(repo.files()) == before
