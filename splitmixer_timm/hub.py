@@ -474,7 +474,7 @@ def run_release(
     training = {'seed': args.get('seed'), 'epochs': epoch if epoch is None else epoch + 1, **_told_by(files)}
     if args.get('model_ema'):
         training['checkpoint'] = 'EMA'  # which timm loads where there is one
-    if args.get('initial_checkpoint'):
+    if args.get('initial_checkpoint') or args.get('pretrained') and args.get('pretrained_path'):
         training['started_from'] = 'a checkpoint'
     elif args.get('pretrained'):
         training['started_from'] = f'the pretrained weights of `{public_args(args)["model"]}`'

@@ -1019,6 +1019,7 @@ class TestCommandLine:
     @pytest.mark.parametrize(('given', 'told'), [
         (dict(pretrained=True), f'- Started from: the pretrained weights of `{NAME}`'),
         (dict(pretrained=True, initial_checkpoint='/secret/first.pth'), '- Started from: a checkpoint'),
+        (dict(pretrained=True, pretrained_path='/secret/first.pth'), '- Started from: a checkpoint'),
     ])
     def test_card_of_a_fine_tuned_run(self, run_dir, capsys, given, told):
         """ Of what weights, and no share of five answers where there are no more classes."""
