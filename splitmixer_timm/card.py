@@ -11,7 +11,7 @@ from torch import nn
 
 from .complexity import measure_complexity
 
-__all__ = ['DATASETS', 'INTENDED_USE', 'LIMITS', 'Dataset', 'merge_cards', 'model_card']
+__all__ = ['DATASETS', 'INTENDED_USE', 'LIMITS', 'Dataset', 'card_licence', 'merge_cards', 'model_card']
 
 BEGIN = '<!-- splitmixer_timm:begin, each push makes this part anew: write above or below it -->'
 END = '<!-- splitmixer_timm:end -->'
@@ -297,6 +297,12 @@ def _read(metadata: str) -> Tuple[Dict[str, Any], Dict[str, str]]:
     values = {key: value for key, value in values.items() if value not in ('', '~', 'null', 'Null', 'NULL')}
     return values, {
         key.value: metadata[mark.index:end] for (key, _), mark, end in zip(node.value if marks else [], marks, ends)}
+
+
+def card_licence(card: str) -> Optional[str]:
+    """ The licence that a card names, None where that is not one."""
+    licence = _read(_split(card)[0])[0].get('license')
+    return licence if isinstance(licence, str) else None
 
 
 def merge_cards(existing: str, new: str, keep_licence: bool = True) -> str:

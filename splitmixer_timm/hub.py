@@ -47,7 +47,7 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from . import __version__, manifest
-from .card import DATASETS, merge_cards, model_card
+from .card import DATASETS, card_licence, merge_cards, model_card
 from .hub_errors import HubError, TransportError, checked_token, explained, explained_model, one_line, within
 from .machine import full_precision
 from .paper import top1 as paper_top1
@@ -290,10 +290,11 @@ class Release:
                 f'model must compute what {cfg["architecture"]} with its arguments and weights does, which is what '
                 'whoever downloads it gets; this one was changed after it was made.')
 
-    def config(self) -> bytes:
-        """ config.json as timm writes it."""
+    def config(self, license: Optional[str] = None) -> bytes:
+        """ config.json as timm writes it, with another licence if one is given."""
         stand_in = SimpleNamespace(
-            pretrained_cfg=self.cfg, num_classes=self.model.num_classes, num_features=self.model.num_features)
+            pretrained_cfg={**self.cfg, 'license': license or self.cfg.get('license')},
+            num_classes=self.model.num_classes, num_features=self.model.num_features)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / CONFIG
             names = self.label_names and list(self.label_names)
@@ -563,6 +564,7 @@ def upload(
                     Path(existing).read_text(encoding='utf-8-sig'), files[CARD].decode(),
                     release.license is None)
                 files[CARD] = card.encode()
+                files[CONFIG] = release.config(card_licence(card))  # the two must not contradict each other
         # of the run of earlier weights: nothing would tell that they are not of these
         stale = {file.rfilename for file in info.siblings or ()} & {ARGS, SUMMARY} - files.keys()
         return api.create_commit(

@@ -1435,6 +1435,20 @@ class TestCard:
         with pytest.raises(ValueError, match="license must be the Hub's name of one"):
             push_to_hub(create(), REPO, token=TOKEN, license='')
 
+    @pytest.mark.parametrize('licence', ['cc-by-nc-4.0', '[mit, gpl]'])
+    def test_licence_is_one(self, server, tmp_path, licence):
+        """ That of the card, in config.json as well, and so in what is made of it."""
+        server.create_repo(REPO).commit({'README.md': f'---\nlicense: {licence}\n---'.encode()}, 'First')
+        model = create()
+        urls = [push_to_hub(model, REPO, token=TOKEN) for _ in range(2)]
+        assert urls[0] == urls[1]
+        expected = 'apache-2.0' if licence.startswith('[') else licence  # timm has one of a model
+        assert json.loads(files(server)['config.json'])['pretrained_cfg']['license'] == expected
+        assert cli.main(['pull', REPO, '--to', str(tmp_path / 'pulled')]) == 0
+        assert cli.main(['push', str(tmp_path / 'pulled'), 'alice/copy', '--token', TOKEN]) == 0
+        metadata = yaml.safe_load(files(server, 'alice/copy')['README.md'].decode().split('---')[1])
+        assert metadata['license'] == expected
+
     def test_licence_of_the_command_line(self, server, run_dir):
         assert cli.main(['push', str(run_dir[0]), REPO, '--token', TOKEN, '--license', 'mit']) == 0
         assert yaml.safe_load(files(server)['README.md'].decode().split('---')[1])['license'] == 'mit'
