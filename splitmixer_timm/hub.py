@@ -647,7 +647,7 @@ def _load(folder: Path, name: str) -> nn.Module:
     try:
         arch = json.loads((folder / CONFIG).read_text(encoding='utf-8'))['architecture']
     except (ValueError, KeyError, TypeError) as e:
-        raise HubError(f'{name}: {CONFIG} is not a config of timm ({e!r}).') from e
+        raise HubError(f'{name}: {CONFIG} is not a config of timm ({type(e).__name__}: {one_line(e)}).') from e
     if not _is_ours(arch):
         raise HubError(f'{name}: architecture {arch!r} is none of this package; use timm.create_model for others.')
     with explained(name), safe_open(folder / WEIGHTS, framework='pt'):
@@ -686,12 +686,14 @@ def download(
                     raise e from None
                 _logger.warning(f'{repo_id}: the Hub cannot be reached, taken from the cache')
         kwargs['local_files_only'] = local_files_only
-        folder = Path(hf_hub_download(repo_id, CONFIG, revision=revision, **kwargs)).parent
+        config = hf_hub_download(repo_id, CONFIG, revision=revision, **kwargs)
+        check_download(config)
+        folder = Path(config).parent
         kwargs['revision'] = folder.name  # the commit, so that the files are of one
         check_download(hf_hub_download(repo_id, WEIGHTS, **kwargs))
         for name in optional:
             try:
-                hf_hub_download(repo_id, name, **kwargs)
+                check_download(hf_hub_download(repo_id, name, **kwargs))
             except RemoteEntryNotFoundError:
                 pass
             except LocalEntryNotFoundError:

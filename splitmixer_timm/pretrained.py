@@ -21,7 +21,7 @@ _SOURCES = ('file', 'url', 'hf_hub_id', 'state_dict')
 
 
 def check_download(path: Union[str, Path]) -> None:
-    """ Check a large file in huggingface_hub's cache, which is named by its sha256 there but not compared with it.
+    """ Check a file in huggingface_hub's cache, which is named by its hash there but not compared with it.
 
     Raises:
         OSError: If it is damaged; it is then taken out of the cache, and of the store that caches may share.
@@ -30,7 +30,15 @@ def check_download(path: Union[str, Path]) -> None:
     if not path.is_symlink():
         return
     blob = path.parent / os.readlink(path)  # itself perhaps a link, to a store with names of another kind
-    if re.fullmatch('[0-9a-f]{64}', blob.name) and hashlib.sha256(path.read_bytes()).hexdigest() != blob.name:
+    content = path.read_bytes()
+    if re.fullmatch('[0-9a-f]{64}', blob.name):
+        hashes = [hashlib.sha256(content)]
+    elif re.fullmatch('[0-9a-f]{40}', blob.name):
+        # of a small file git's hash, and of a mirror perhaps that of the content alone
+        hashes = [hashlib.sha1(head + content) for head in (b'blob %d\0' % len(content), b'')]
+    else:
+        return
+    if blob.name not in [file_hash.hexdigest() for file_hash in hashes]:
         for file in (path.resolve(), blob, path):
             file.unlink(missing_ok=True)
         raise OSError(f'{path.name} was damaged on the way, try again')

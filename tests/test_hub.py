@@ -1,5 +1,6 @@
 """ Push and pull, through the real client of the Hub, to a Hub on loopback. """
 import dataclasses
+import hashlib
 import json
 import logging
 import math
@@ -30,6 +31,7 @@ import splitmixer_timm
 from splitmixer_timm import HubError, card, cli, hub, manifest, pull_from_hub, push_to_hub
 from splitmixer_timm.hub_errors import explained, one_line
 from splitmixer_timm.predict import Classifier
+from splitmixer_timm.pretrained import check_download
 
 NAME = 'splitmixer_ii_256_8.cifar10'
 ZOO = 'splitmixer_i_256_8.cifar10'
@@ -812,6 +814,24 @@ class TestErrors:
         server.faults.clear()
         assert_same(model, pull_from_hub(REPO))
 
+    @pytest.mark.parametrize('name', ['config.json', 'README.md', 'args.yaml'])
+    def test_damaged_small_file(self, server, tmp_path, name):
+        """ It does not stay in the cache."""
+        push_to_hub(timm.create_model(ZOO, pretrained=True), REPO, token=TOKEN)
+        server.fail(name, 'wrong-hash', method='GET')
+        with pytest.raises(HubError, match=f'{name} was damaged on the way, try again'):
+            hub.pull_to_folder(REPO, tmp_path / 'pulled')
+        hub.pull_to_folder(REPO, tmp_path / 'pulled')
+        assert (tmp_path / 'pulled' / name).read_bytes() == files(server)[name]
+
+    @pytest.mark.parametrize('name', [hashlib.sha1(b'{}').hexdigest(), 'W-1234'])
+    def test_names_of_a_mirror(self, tmp_path, name):
+        """ In its cache files may be called by other hashes, or by none."""
+        (tmp_path / name).write_bytes(b'{}')
+        (tmp_path / 'config.json').symlink_to(name)
+        check_download(tmp_path / 'config.json')
+        assert (tmp_path / name).is_file()
+
     @pytest.mark.parametrize('where', ['/upload/', '/commit/', '/info/lfs/', '/preupload/'])
     def test_interrupted_push_leaves_the_repository_alone(self, server, where):
         push_to_hub(create(), REPO, token=TOKEN)
@@ -924,12 +944,13 @@ class TestUnusable:
             pull_from_hub(REPO)
         assert "architecture 'resnet18' is none of this package" in told(error)
 
-    @pytest.mark.parametrize('config', [b'', b'[]', b'{}', b'\xff'])
+    @pytest.mark.parametrize('config', [b'', b'[]', b'{}', b'\xff' * 2000])
     def test_broken_config(self, repo, config):
         repo(config_json=config)
         with pytest.raises(HubError) as error:
             pull_from_hub(REPO)
         assert 'config.json is not a config of timm' in told(error)
+        assert len(str(error.value)) < 200
 
     def test_weights_that_do_not_fit(self, repo):
         contents = repo()
