@@ -109,8 +109,8 @@ def checked_overlay(
             path = download_from_hf(cfg.hf_hub_id, cfg.hf_hub_filename or HUB_FILENAME, cache_dir=cache_dir)
             check_download(path)
             with safe_open(path, framework='pt'):
-                # whatever else a config.json from there says of places
-                return {**overlay, **dict.fromkeys(_SOURCES), 'source': '', 'file': path}
+                # whatever else a config.json from there says of places, but hf_hub_id, which tells where this is from
+                return {**overlay, 'state_dict': None, 'url': None, 'source': '', 'file': path}
     if cfg.file:
         if known and Path(cfg.file) == manifest.WEIGHTS_DIR / manifest.entries()[name]['file']:
             manifest.check_file(cfg.file, name)

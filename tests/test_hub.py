@@ -189,6 +189,9 @@ class TestRoundTrip:
         model = pull_from_hub(REPO)
         model.reset_classifier(5)
         push_to_hub(model, 'alice/other', token=TOKEN, label_names=list('abcde'))
+        model = timm.create_model(f'hf-hub:{REPO}', pretrained=True)
+        push_to_hub(model, 'alice/same', token=TOKEN)
+        assert files(server, 'alice/same')['config.json'] == files(server)['config.json']
         again = pull_from_hub('alice/other')
         assert again.num_classes == 5
         assert again.pretrained_cfg['label_names'] == list('abcde')
@@ -481,7 +484,9 @@ class TestRevisions:
         repo = server.repos[REPO]
         repo.tags['release'] = repo.branches['main']
         for revision, model in (('main', one), ('v2', two), ('release', one), (repo.branches['v2'], two)):
-            assert_same(model, timm.create_model(f'hf-hub:{REPO}@{revision}', pretrained=True))
+            again = timm.create_model(f'hf-hub:{REPO}@{revision}', pretrained=True)
+            assert_same(model, again)
+            assert again.pretrained_cfg['hf_hub_id'] == f'{REPO}@{revision}'
             assert_same(model, pull_from_hub(REPO, revision=revision))
             assert_same(model, pull_from_hub(f'{REPO}@{revision}'))
 
@@ -896,7 +901,9 @@ class TestUnusable:
         load_it = partial(timm.create_model, NAME, pretrained=True, **SMALL, **{given: dict(hf_hub_id=REPO)})
         if given == 'pretrained_cfg':
             load_it = partial(load_it, num_classes=load(contents['model.safetensors'])['head.bias'].numel())
-        assert torch.equal(load_it().head.bias, load(contents['model.safetensors'])['head.bias'])
+        model = load_it()
+        assert torch.equal(model.head.bias, load(contents['model.safetensors'])['head.bias'])
+        assert model.pretrained_cfg['hf_hub_id'] == REPO
         repo(model_safetensors=None, pytorch_model_bin=b'x')
         with pytest.raises(HubError) as error:
             load_it()
