@@ -681,7 +681,8 @@ def download(
                     raise
                 local_files_only = True
                 try:
-                    hf_hub_download(repo_id, WEIGHTS, revision=revision, cache_dir=cache_dir, local_files_only=True)
+                    for name in (CONFIG, WEIGHTS):  # timm may have cached the one, by hf_hub_id, without the other
+                        hf_hub_download(repo_id, name, revision=revision, cache_dir=cache_dir, local_files_only=True)
                 except EntryNotFoundError:
                     raise e from None
                 _logger.warning(f'{repo_id}: the Hub cannot be reached, taken from the cache')

@@ -800,6 +800,16 @@ class TestErrors:
         with pytest.raises(HubError, match='503'):
             pull_from_hub(REPO)
 
+    def test_server_error_where_a_part_is_cached(self, server, caplog):
+        """ It is the server's error that is told: nobody asked to do without it."""
+        push_to_hub(create(), REPO, token=TOKEN)
+        timm.create_model(NAME, pretrained=True, **SMALL, pretrained_cfg_overlay=dict(hf_hub_id=REPO))
+        server.fail('/api/models', 503, times=None)
+        with pytest.raises(HubError) as error:
+            pull_from_hub(REPO)
+        assert 'the Hub answered 503' in told(error)
+        assert 'taken from the cache' not in caplog.text
+
     def test_flaky(self, server):
         """ An error or two in passing are overcome."""
         model = create()
