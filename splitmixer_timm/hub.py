@@ -56,6 +56,7 @@ from .runs import (
     HUB_SCHEMES,
     checkpoint_epoch,
     is_local_dataset,
+    is_place,
     public_args,
     read_args,
     read_summary,
@@ -392,6 +393,8 @@ def _measured_split(dataset: str, split: str) -> Tuple[str, str]:
     """ What train.py's `--dataset` and `--val-split` make it measure on: the split's name, and what to call it."""
     if split_dataset(dataset)[0] == 'torch' and _dataset_of(dataset):  # torchvision has these two of it and no other
         return ('train', 'the official train split') if split in _TRAIN_SYNONYM else ('test', 'the official test set')
+    if is_place(split):
+        split = 'validation'
     return split, f'its {split} split'
 
 

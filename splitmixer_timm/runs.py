@@ -1,6 +1,7 @@
 """ What timm's train.py is given, and what it leaves in the output folder of a run. """
 import argparse
 import csv
+import os
 import threading
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
@@ -96,6 +97,9 @@ def public_args(run_args: Dict[str, Any]) -> Dict[str, Any]:
     public = {key: PATH_ARGS[key] if key in PATH_ARGS and value else value for key, value in run_args.items()}
     if is_local_dataset(public.get('dataset')):
         public['dataset'] = f'{split_dataset(public["dataset"])[0]}/<DATA_DIR>'
+    for key in ('train_split', 'val_split'):
+        if is_place(public.get(key)):
+            public[key] = f'<{key.upper()}>'
     for key in ('model', 'kd_model_name'):
         if str(public.get(key)).lower().startswith('local-dir:'):
             public[key] = 'local-dir:<MODEL_DIR>'
@@ -112,7 +116,13 @@ def split_dataset(dataset: Any) -> Tuple[str, str]:
 def is_local_dataset(dataset: Any) -> bool:
     """ Whether train.py's `--dataset` names a folder of this machine by way of Hugging Face datasets."""
     scheme, place = split_dataset(dataset)
-    return scheme in HUB_SCHEMES and (place.startswith(('/', '.', '~')) or Path(place).is_absolute())
+    return scheme in HUB_SCHEMES and (
+        place.startswith(('/', '.', '~')) or Path(place).is_absolute() or os.path.exists(place))
+
+
+def is_place(split: Any) -> bool:
+    """ Whether train.py's `--train-split` or `--val-split` is a path or a URL (WebDataset's shards), not a name."""
+    return any(separator in str(split) for separator in '/\\')
 
 
 def read_summary(run_dir: Path) -> List[Dict[str, str]]:

@@ -1315,13 +1315,19 @@ class TestCommandLine:
     @pytest.mark.parametrize(('place', 'told'), [
         (dict(dataset='hfds//somewhere/secret'), 'hfds/<DATA_DIR>'),
         (dict(dataset='HFiDS//somewhere/secret'), 'hfids/<DATA_DIR>'),
+        (dict(dataset='hfds/somewhere/secret'), 'hfds/<DATA_DIR>'),
+        (dict(train_split='/somewhere/secret-{0..9}.tar', dataset='wds/mine'), '<TRAIN_SPLIT>'),
+        (dict(val_split='s3://secret/somewhere/{0..9}.tar', dataset='wds/mine'), '<VAL_SPLIT>'),
+        (dict(val_split='part-{0..9}.tar', dataset='wds/mine'), 'part-{0..9}.tar'),
         (dict(kd_model_name='local-dir:/somewhere/secret'), 'local-dir:<MODEL_DIR>')])
-    def test_places_are_not_told(self, server, run_dir, place, told):
+    def test_places_are_not_told(self, server, run_dir, tmp_path, monkeypatch, place, told):
         folder, _ = run_dir
+        (tmp_path / 'somewhere' / 'secret').mkdir(parents=True)
+        monkeypatch.chdir(tmp_path)
         args = yaml.safe_load((folder / 'args.yaml').read_text())
         (folder / 'args.yaml').write_text(yaml.safe_dump({**args, **place}))
         assert cli.main(['push', str(folder), REPO]) == 0
-        assert not [name for name, content in files(server).items() if b'/somewhere' in content]
+        assert not [name for name, content in files(server).items() if b'somewhere' in content]
         assert yaml.safe_load(files(server)['args.yaml'])[next(iter(place))] == told
 
     def test_recovery(self, run_dir):
