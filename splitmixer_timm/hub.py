@@ -96,11 +96,15 @@ def _named_args(model_args: Dict[str, Any]) -> Dict[str, Any]:
     return named
 
 
+def _is_percentage(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= value <= 100
+
+
 def _checked_metrics(metrics: Optional[Dict[str, Any]]) -> Dict[str, Any]:
     metrics = dict(metrics or {})
     for key, value in metrics.items():
         if key in _METRICS:
-            if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 100:
+            if not _is_percentage(value):
                 raise ValueError(f'metrics[{key!r}] must be a number from 0 to 100 (percent), got {value!r}.')
             metrics[key] = float(value)  # YAML knows no numbers of NumPy's
         elif key == 'images':
@@ -111,9 +115,9 @@ def _checked_metrics(metrics: Optional[Dict[str, Any]]) -> Dict[str, Any]:
             if not isinstance(value, str):
                 raise ValueError(f'metrics[{key!r}] must be text, got {value!r}.')
         elif key == 'seeds':
-            if not isinstance(value, dict) or len(value) < 2 or \
-                    not all(isinstance(v, Real) for v in value.values()):
-                raise ValueError(f"metrics['seeds'] must map two seeds or more to their top-1, got {value!r}.")
+            if not isinstance(value, dict) or len(value) < 2 or not all(map(_is_percentage, value.values())):
+                raise ValueError(
+                    f"metrics['seeds'] must map two seeds or more to their top-1 in percent, got {value!r}.")
             metrics[key] = {seed: float(top1) for seed, top1 in value.items()}
         else:
             raise ValueError(
@@ -133,11 +137,15 @@ def _checked_data_config(data_config: Optional[Dict[str, Any]], in_chans: int) -
             if not isinstance(value, (tuple, list)) or len(value) != length or \
                     any(isinstance(v, bool) or not isinstance(v, kind) for v in value):
                 raise ValueError(f'data_config[{key!r}] must be {length} numbers, got {value!r}.')
+            if key == 'input_size' and min(value) < 1:
+                raise ValueError(f"data_config['input_size'] must be numbers of at least 1, got {value!r}.")
         elif key == 'crop_pct':
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
                 raise ValueError(f"data_config['crop_pct'] must be a number above 0, got {value!r}.")
         elif not isinstance(value, str):
             raise ValueError(f'data_config[{key!r}] must be text, got {value!r}.')
+        elif key == 'crop_mode' and value not in ('center', 'squash', 'border'):
+            raise ValueError(f"data_config['crop_mode'] must be 'center', 'squash' or 'border', got {value!r}.")
     return given
 
 
@@ -252,6 +260,8 @@ class Release:
         if any(value.is_meta for value in self.model.state_dict().values()):
             raise ValueError("model must have its weights, got one on device 'meta'.")
         self.metrics = _checked_metrics(self.metrics)
+        if self.dataset is not None and (not isinstance(self.dataset, str) or not self.dataset.strip()):
+            raise ValueError(f'dataset must be the name of one, got {self.dataset!r}.')
         self.dataset = next((key for key, data in DATASETS.items() if data.hub_id == self.dataset), self.dataset)
         classes = self.model.num_classes
         if self.label_names is not None:

@@ -14,6 +14,7 @@ from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
+    OIDCError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
     XetDownloadError,
@@ -67,7 +68,7 @@ def checked_token(token: Optional[Union[str, bool]] = None, is_sent: bool = True
         is_sent: Whether the Hub is asked at all. If not, or offline, it is False: the client would look all the same.
 
     Raises:
-        ValueError: If it cannot be sent; the error of the connection would show it.
+        ValueError: If it is no token or cannot be sent; the error of the connection would show it.
         HubError: If the one that is logged in would be sent and cannot.
     """
     is_stored = token is True or token is None and not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN
@@ -75,6 +76,8 @@ def checked_token(token: Optional[Union[str, bool]] = None, is_sent: bool = True
         token = token.strip()
         if not _can_be_sent(token):
             raise ValueError('token must be one word of ASCII letters and digits (it is not shown here).')
+    elif token is not None and not isinstance(token, bool):
+        raise ValueError(f'token must be text, True, False or None, got {type(token).__name__}.')
     if not is_sent or constants.HF_HUB_OFFLINE:
         return False
     if is_stored:
@@ -82,6 +85,8 @@ def checked_token(token: Optional[Union[str, bool]] = None, is_sent: bool = True
             stored = get_token()
         except (OSError, UnicodeDecodeError):
             stored = ''
+        except OIDCError as e:
+            raise HubError(f'HF_OIDC_RESOURCE is set, but gives no token: {one_line(e)}') from e
         if stored is not None and not _can_be_sent(stored):
             raise HubError(
                 'The token that is logged in (HF_TOKEN, or the file that `hf auth login` writes) cannot be read, or '

@@ -1,6 +1,7 @@
 """ Push and pull, through the real client of the Hub, to a Hub on loopback. """
 import dataclasses
 import hashlib
+import io
 import json
 import logging
 import math
@@ -444,6 +445,14 @@ class TestRefused:
         (create, dict(metrics=dict(top1='90')), 'from 0 to 100'),
         (create, dict(metrics=dict(top1=50, images='10,000')), "metrics['images'] must be a number of images"),
         (create, dict(metrics=dict(top1=50, seeds=[1])), "metrics['seeds'] must map"),
+        (create, dict(metrics=dict(seeds={1: 50., 2: math.nan})), "metrics['seeds'] must map"),
+        (create, dict(metrics=dict(seeds={1: 50., 2: True})), "metrics['seeds'] must map"),
+        (create, dict(metrics=dict(seeds={1: 50., 2: 500})), "metrics['seeds'] must map"),
+        (create, dict(dataset=['a', 'b']), "dataset must be the name of one, got ['a', 'b']"),
+        (create, dict(dataset=''), "dataset must be the name of one, got ''"),
+        (create, dict(data_config=dict(input_size=(3, -1, 0))), 'must be numbers of at least 1, got (3, -1, 0)'),
+        (create, dict(data_config=dict(crop_mode='bogus')), "must be 'center', 'squash' or 'border', got 'bogus'"),
+        (create, dict(token=b'hf_alice'), 'token must be text, True, False or None, got bytes'),
         (create, dict(metrics=dict(top1=50, split=1)), "metrics['split'] must be text, got 1"),
         (create, dict(label_names=dict(enumerate('abcdefghij'))), 'must be a list of names in label order'),
         (create, dict(data_config=dict(men=(0.5, 0.5, 0.5))), "and no other, got 'men'"),
@@ -669,6 +678,14 @@ class TestErrors:
         monkeypatch.setenv('HF_TOKEN', '')
         server.__exit__(None, None, None)
         assert all('http://127.0.0.1' in line for line in errors())
+
+    def test_no_token_by_oidc(self, server, monkeypatch):
+        """ As of a job that may not ask for one."""
+        monkeypatch.setenv('HF_OIDC_RESOURCE', 'x')
+        for name in ('HF_OIDC_ID_TOKEN', 'GITHUB_ACTIONS'):
+            monkeypatch.delenv(name, raising=False)
+        with pytest.raises(HubError, match='HF_OIDC_RESOURCE is set, but gives no token: '):
+            pull_from_hub(REPO)
 
     def test_endpoint_with_a_password(self, server, monkeypatch):
         server.__exit__(None, None, None)
@@ -1594,6 +1611,11 @@ class TestCard:
     def test_run(self, run_dir, capsys):
         assert cli.main(['card', str(run_dir[0])]) == 0
         assert "timm.create_model('hf-hub:USER/run', pretrained=True)" in capsys.readouterr().out
+
+    def test_output_that_takes_no_such_letters(self, run_dir, monkeypatch):
+        monkeypatch.setattr('sys.stdout', io.TextIOWrapper(io.BytesIO(), 'ascii', 'strict'))
+        assert cli.main(['card', str(run_dir[0]), '--dataset', 'Bl\xfcten']) == 0
+        assert b'trained on Bl\\xfcten' in sys.stdout.buffer.getvalue()
 
     @pytest.mark.parametrize('metadata', ['a: [', '- a', 'text', '{a: 2024-13-45}'])
     def test_broken_metadata(self, metadata):
