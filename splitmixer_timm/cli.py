@@ -332,7 +332,7 @@ def _card(args: argparse.Namespace) -> int:
         raise CommandError(str(e)) from e
     _escape_output()
     # a run has a place to load it from once it is published
-    name = Path(args.model).name
+    name = Path(os.path.abspath(args.model)).name
     print(release.card(release.name or name, release.name or f'hf-hub:USER/{name}'), end='')
     return 0
 

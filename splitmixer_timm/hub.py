@@ -615,8 +615,9 @@ def push_to_hub(
     One commit with config.json, model.safetensors and the card. Nothing is guessed of a model that was trained further:
     its metrics, data set and class names are those given here, or none; only a model with the zoo's own weights has
     the zoo's. A card that is there already is made anew but for what others wrote in it and the licence that they
-    chose, and the arguments and log of an earlier model's run are removed. Pushing the same again makes no new commit.
-    The model is run once on noise, in eval mode, to see that its arguments and weights make it again.
+    chose; its datasets, model-index, library_name and pipeline_tag are always this push's. The arguments and log of an
+    earlier model's run are removed. Pushing the same again makes no new commit. The model is run once on noise, in eval
+    mode, to see that its arguments and weights make it again.
 
     Args:
         model: Model of this package from `timm.create_model`, as it is or wrapped (compiled, DDP, EMA).

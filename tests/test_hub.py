@@ -1612,6 +1612,23 @@ class TestCard:
         assert cli.main(['card', str(run_dir[0])]) == 0
         assert "timm.create_model('hf-hub:USER/run', pretrained=True)" in capsys.readouterr().out
 
+    def test_run_that_one_is_in(self, run_dir, monkeypatch, capsys):
+        """ It has a name all the same."""
+        folder, _ = run_dir
+        (folder / 'below').mkdir()
+        for place, name in ((folder, '.'), (folder / 'below', '..')):
+            monkeypatch.chdir(place)
+            assert cli.main(['card', name]) == 0
+            card = capsys.readouterr().out
+            assert '\n# run\n' in card
+            assert "timm.create_model('hf-hub:USER/run', pretrained=True)" in card
+
+    @pytest.mark.parametrize('line', ['datasets: [alice/insects]\n', 'model-index: []\n'])
+    def test_metadata_of_a_push_is_the_last_ones(self, line):
+        """ Else it could be that of earlier weights; README tells so."""
+        one = hub.Release(create()).card('a', 'b')
+        assert card.merge_cards(one.replace('tags:\n', f'{line}tags:\n'), one) == one
+
     def test_output_that_takes_no_such_letters(self, run_dir, monkeypatch):
         monkeypatch.setattr('sys.stdout', io.TextIOWrapper(io.BytesIO(), 'ascii', 'strict'))
         assert cli.main(['card', str(run_dir[0]), '--dataset', 'Bl\xfcten']) == 0
