@@ -180,7 +180,7 @@ def pack_segments(x: torch.Tensor, num_segments: int) -> torch.Tensor:
 
 
 def unpack_segments(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """ The inverse of `pack_segments`, of `like`."""
+    """ What was made of the segments of `like` by `pack_segments`, as images of all channels again."""
     N, C, H, W = like.shape
     if _is_channels_last(like):
         return x.permute(0, 2, 3, 1).reshape(N, H, W, C).permute(0, 3, 1, 2)

@@ -324,7 +324,6 @@ class TestSteady:
         assert all(not p.equal(b) for p, b in zip(model.parameters(), before) if p.grad.any())
         assert sum(bool(p.grad.any()) for p in model.parameters()) > 10
 
-
     @pytest.mark.parametrize('precision', ['fp32', 'bf16'])
     def test_a_training_step_is_as_asked(self, monkeypatch, precision):
         """ In its precision and memory format, with the gradients of one batch."""
