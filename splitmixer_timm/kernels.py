@@ -248,8 +248,8 @@ def spatial_kernel(
 
 @triton.jit
 def _high(x):
-    """ What TF32 keeps of fp32."""
-    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    """ fp32 rounded to TF32: cut off instead, the rests would have up to twice the size, and all the sign of `x`."""
+    return ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
 
 
 @triton.jit

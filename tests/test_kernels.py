@@ -10,6 +10,7 @@ from conftest import KINDS, SPLITMIXERS
 from torch.utils.flop_counter import FlopCounterMode
 from triton_device import (
     DEVICE,
+    HAS_CUDA,
     TOLERANCE,
     compile_kernel,
     cuda,
@@ -122,6 +123,22 @@ def test_gelu(dtype, tolerance, rounding):
     y = kernels.channel_mixing(x, weight, tiles, unit, 'gelu', False, 'tf32x3')
     error = (y.double() - torch.nn.functional.gelu(x.double())).abs()
     assert (error <= tolerance + rounding * x.double().abs()).all()
+
+
+@runs_kernels
+def test_fp32_products():
+    """ From three in TF32, of which none is cut off: they are too small as often as too large."""
+    from splitmixer_timm import kernels
+
+    generator = torch.Generator().manual_seed(0)
+    x, matrix = (torch.rand(size, generator=generator).to(DEVICE) for size in ((1, 64, 8, 64), (64, 64)))
+    unit = torch.stack((torch.zeros(64), torch.ones(64), torch.zeros(64))).to(DEVICE)
+    product = Product(0, 64, slice(0, 64), matrix, torch.zeros(64, device=DEVICE))
+    weight, tiles, _ = kernels.pack_channels([[product]], 64, x.dtype)
+    y = kernels.channel_mixing(x, weight, tiles, unit, 'relu', False, 'tf32x3')
+    error = y.double() / (x.double() @ matrix.double().T) - 1
+    assert error.abs().max() < 1e-6
+    assert HAS_CUDA or error.mean().abs() < 1e-8  # the sums of tensor cores are cut off as well
 
 
 @runs_kernels
