@@ -112,7 +112,7 @@ def _place(H, W, C, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, COLS: 
     pid //= c_blocks
     w = (pid % w_blocks * BW + tl.arange(0, BW)[:, None]) * COLS
     top = pid // w_blocks % h_blocks * BH
-    image = (pid // (w_blocks * h_blocks)).to(tl.int64) * (H * W * C)
+    image = (pid // (w_blocks * h_blocks)).to(tl.int64) * H * W * C
     return c, w, top, image, pid
 
 
@@ -125,8 +125,8 @@ def _in_channels(c, C, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _row(ptr, image, h, W, C, ALIGNED: tl.constexpr):
-    """ Pointer to a row: offsets from it fit 32 bits."""
-    return ptr + tl.multiple_of(image + h * W * C, ALIGNED)
+    """ Pointer to a row: offsets from it fit 32 bits, those from the first row of a large image do not."""
+    return ptr + tl.multiple_of(image + h.to(tl.int64) * W * C, ALIGNED)
 
 
 @triton.jit

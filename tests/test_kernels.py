@@ -17,11 +17,14 @@ from triton_device import (
     not_interpreted,
     run_interpreted,
     runs_kernels,
+    triton,
 )
 
-from splitmixer_timm import SplitMixer, fused_cuda, optimize_for_inference
+from splitmixer_timm import SplitMixer, fused_cuda, kernels, optimize_for_inference
 from splitmixer_timm.fused import Product, Unsupported
 from splitmixer_timm.splitmixer import VARIANTS
+
+tl = triton.language
 
 
 def _randomize(model):
@@ -100,6 +103,22 @@ def test_spatial_mixing(kernel_size, height, width, dim):
     _assert_close(ours, x + block.spatial_mixing(x), TOLERANCE)
 
 
+@triton.jit
+def _offset_kernel(y_ptr, H, W, C, h):
+    """ How far the rows of images, each of which is one program's, are from the first one."""
+    _, _, top, image, place = kernels._place(H, W, C, 2048, 2048, 2048)
+    row_ptr = kernels._row(y_ptr, image, top + h, W, C, 1)
+    tl.store(y_ptr + place, (row_ptr.to(tl.int64) - y_ptr.to(tl.int64)) // 8)
+
+
+@runs_kernels
+def test_large_images():
+    """ Of more than 2^31 features."""
+    y = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    _offset_kernel[(2,)](y, 1500, 1500, 1536, 1450)
+    assert y.tolist() == [(image * 1500 + 1450) * 1500 * 1536 for image in range(2)]
+
+
 @runs_kernels
 @pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.float16, 3e-3), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize('kind', ['i', '3d'])
@@ -113,8 +132,6 @@ def test_half_precision(kind, dtype, tolerance):
     (torch.float16, 3e-5, 2**-11), (torch.float32, 0, 2**-21)])
 def test_gelu(dtype, tolerance, rounding):
     """ What the data type rounds off is more than what its GELU is wrong by, of large values as well."""
-    from splitmixer_timm import kernels
-
     x = torch.cat((torch.linspace(-12, 12, 2**15 - 4), torch.tensor([-1e4, -300., 300., 1e4])))
     x = x.to(DEVICE, dtype).reshape(1, 128, 16, 16)
     unit = torch.stack((torch.zeros(16), torch.ones(16), torch.zeros(16))).to(DEVICE)
@@ -128,8 +145,6 @@ def test_gelu(dtype, tolerance, rounding):
 @runs_kernels
 def test_fp32_products():
     """ From three in TF32, of which none is cut off: they are too small as often as too large."""
-    from splitmixer_timm import kernels
-
     generator = torch.Generator().manual_seed(0)
     x, matrix = (torch.rand(size, generator=generator).to(DEVICE) for size in ((1, 64, 8, 64), (64, 64)))
     unit = torch.stack((torch.zeros(64), torch.ones(64), torch.zeros(64))).to(DEVICE)
@@ -390,8 +405,6 @@ def test_kept_features_on_gpu(kept):
 @pytest.mark.parametrize('dim', [pytest.param(40, marks=cuda)])
 def test_batches_share_a_configuration_on_gpu(dim):
     """ Up to a power of two, so that the last batch of a data set is not waited for."""
-    from splitmixer_timm import kernels
-
     fused = fused_cuda.build(_model(dim=dim), torch.float32)
     tuned = kernels.spatial_kernel, kernels.channel_kernel, kernels.patch_kernel
     before = [len(kernel.cache) for kernel in tuned]
@@ -505,8 +518,6 @@ def test_threads_on_gpu(threads):
 
 def _compilations():
     """ What the registered variants launch: kernel, configuration, arguments, constants, compute capability."""
-    from splitmixer_timm import kernels
-
     specialisations = sorted({
         (args['kernel_size'], args['patch_size'], args.get('act_layer', 'gelu')) for args, _ in VARIANTS.values()})
     for dtype, name in ((torch.float32, 'fp32'), (torch.float16, 'fp16'), (torch.bfloat16, 'bf16')):
