@@ -434,8 +434,12 @@ class FusedBlocks(nn.Sequential):
         params = list(self.parameters())
         if len({param.dtype for param in params}) != 1 or not any(tensor.requires_grad for tensor in (x, *params)):
             return False
-        if any(isinstance(module, nn.BatchNorm2d) and module.momentum is None for module in self.modules()):
-            return False
+        for module in self.modules():
+            is_norm = isinstance(module, nn.BatchNorm2d)
+            # a parameter that somebody put elsewhere may be unused, and have no gradient
+            if is_norm and module.momentum is None or module._parameters and not (
+                    is_norm or isinstance(module, nn.Conv2d)):
+                return False
         return all(
             type(block) is FusedBlock and type(block.drop_path) is nn.Identity and block.is_covered(x)
             and (type(block.channel_mixing) is nn.Identity or _passes(check_mixer, block.channel_mixing.mixer))

@@ -239,12 +239,13 @@ def _load(model):
     (lambda model: (model.blocks[1].register_forward_hook(lambda *args: args[2] * 2), model)[1], 0),
     (lambda model: (model.set_grad_checkpointing(), model)[1], 0),
     (lambda model: _set(model.blocks[0].channel_mixing, model, mixer=nn.MaxPool2d(3, 1, 1)), 0),
+    (lambda model: _set(model.blocks[0], model, unused=nn.Parameter(torch.ones(3, **OPTIONS))), 0),
     (lambda model: _set(model.blocks[0].channel_mixing, model, norm=nn.BatchNorm2d(10, **OPTIONS)), 1),
     (lambda model: _load(model), 1),
     (lambda model: model.to(torch.bfloat16).to(**OPTIONS), 1),
     (lambda model: _set(model, model, blocks=model.blocks[:1]), 1),
 ], ids=['frozen', 'frozen stem', 'frozen blocks', 'head alone', 'momentum', 'cumulative', 'circular', 'activation',
-        'hook', 'checkpointing', 'mixer', 'norm', 'loaded', 'moved', 'pruned'])
+        'hook', 'checkpointing', 'mixer', 'unused', 'norm', 'loaded', 'moved', 'pruned'])
 def test_blocks_changed_later(captures, change, again):
     """ Graphs of what the blocks were are not used; there are new ones where they can be."""
     graphed, plain = _models()
