@@ -23,6 +23,11 @@ MAX_GRAPHS = 8
 _launching = threading.RLock()  # Triton's autotuner is not made for several threads
 
 
+def _address(value: Any) -> Optional[int]:
+    """ Where a tensor's values are, which `Module.to` changes without replacing a parameter."""
+    return value.data_ptr() if isinstance(value, torch.Tensor) else None
+
+
 def _stack(*rows: torch.Tensor) -> torch.Tensor:
     return torch.cat([row.detach().float().reshape(-1, row.shape[-1]) for row in rows])
 
@@ -121,7 +126,7 @@ class FusedSplitMixer(FusedModel):
     def _forget_graphs(self) -> None:
         self._graphs: OrderedDict = OrderedDict()
         self._known: set = set()
-        self._state: List[Tuple[Dict[str, Any], List[Tuple[str, Any]]]] = []
+        self._state: List[Tuple[Dict[str, Any], List[Tuple[str, Any, Optional[int]]]]] = []
         self._pool = None
         self._stream = None
         self._done = None
@@ -180,16 +185,17 @@ class FusedSplitMixer(FusedModel):
         return graph, static_x, y
 
     def _check_state(self) -> None:
-        """ Drop the graphs if a tensor or a module was replaced: they read the memory of the old one."""
+        """ Drop the graphs if a tensor or a module was replaced, or converted: they read the memory of the old one."""
         if any(
-                len(members) != len(items) or any(members.get(name) is not value for name, value in items)
+                len(members) != len(items)
+                or any(members.get(name) is not value or _address(value) != address for name, value, address in items)
                 for members, items in self._state):
             if self._done is not None:
                 self._done.synchronize()  # what still runs reads it
             self._graphs.clear()
             self._state = []
         self._state = self._state or [
-            (members, list(members.items())) for module in self.modules()
+            (members, [(name, value, _address(value)) for name, value in members.items()]) for module in self.modules()
             for members in (module._parameters, module._buffers, module._modules)]
 
     @torch.no_grad()

@@ -300,7 +300,8 @@ def test_roofline():
     lambda fused: setattr(fused, 'head', torch.nn.Identity()),
     lambda fused: setattr(fused.stem, 'weight', fused.stem.weight + 1),
     lambda fused: fused.blocks.append(torch.nn.Identity()),
-], ids=['assigned', 'module', 'tensor', 'added'])
+    lambda fused: fused.head.double(),
+], ids=['assigned', 'module', 'tensor', 'added', 'converted'])
 def test_graphs_of_what_was_replaced(change):
     """ They read the memory of the old tensors, and are dropped; what is changed in place they see."""
     fused = fused_cuda.build(_model(), torch.float32)
