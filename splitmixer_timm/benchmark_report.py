@@ -74,6 +74,13 @@ def v100(rows: Rows) -> Dict[Row, float]:
     return {row: rate for row, (_, rate) in TABLE3.items()} if rows[0]['mode'] == 'infer' else {}
 
 
+def papers_setting(rows: Rows) -> str:
+    """ What the paper's images a second are of, where they stand beside rows of another work; else empty."""
+    papers = Settings().columns()
+    is_other = any(rows[0][name] != papers[name] for name in ('precision', 'batch_size', 'img_size'))
+    return describe_setting([papers]) if is_other and v100(rows) else ''
+
+
 def number(value: Any) -> str:
     value = float(value)
     return f'{value:,.0f}' if value >= 1000 else f'{value:.4g}'
@@ -172,6 +179,8 @@ def other_processes(rows: Rows) -> str:
 def describe(rows: Rows) -> str:
     """ Paragraph on how the rows of one setting were measured, and what is amiss with them."""
     sentences = [source(rows)]
+    if papers := papers_setting(rows):
+        sentences.append(f"The paper's V100 is another setting: {papers}")
     paper, steady = measured(rows, 'paper').values(), measured(rows, 'steady').values()
     if paper:
         differs = []
@@ -261,7 +270,8 @@ def draw(rows: Rows, path: Path) -> None:
     figure = Figure(figsize=(15, 6), layout='constrained')
     FigureCanvasAgg(figure)
     left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1.1, 0.9))
-    figure.suptitle(f'{device}: {describe_setting(rows)}' + ("; the paper's V100: fp32" if paper_rates else ''))
+    beside = f"; the paper's V100: {papers_setting(rows) or 'fp32'}" if paper_rates else ''
+    figure.suptitle(f'{device}: {describe_setting(rows)}{beside}')
 
     def points(axes, values: Dict[Row, Tuple[float, float]], filled: bool) -> None:
         for row, (x, y) in values.items():

@@ -744,6 +744,20 @@ class TestReport:
         assert "paper's V100" not in table
         assert '2,291' not in table
 
+    @pytest.mark.parametrize(('change', 'is_told'), [
+        (dict(memory_format='channels_last'), False), (dict(batch_size='1'), True), (dict(img_size='32'), True),
+        (dict(img_size='32', mode='train'), False)])
+    def test_tells_where_the_papers_figures_are_of_other_work(self, rows, tmp_path, monkeypatch, change, is_told):
+        from matplotlib.figure import Figure
+
+        titles = []
+        monkeypatch.setattr(Figure, 'suptitle', lambda self, title: titles.append(title))
+        rows = [{**row, **Settings().columns(), **change} for row in rows]
+        benchmark_report.draw(rows, tmp_path / 'picture.png')
+        setting = 'inference, fp32, batch 64, 224 x 224'
+        assert (f"The paper's V100 is another setting: {setting}. " in benchmark_report.describe(rows)) == is_told
+        assert [title.endswith(f"; the paper's V100: {setting}") for title in titles] == [is_told]
+
     def test_groups(self, rows):
         papers = [{**row, **Settings().columns()} for row in rows]
         groups = benchmark_report.group([*rows, *papers])
