@@ -322,6 +322,10 @@ def main(argv: Optional[List[str]] = None) -> int:
         if 'optimized compiled' in args.forms and device.type != 'cpu':
             raise ValueError(f'form optimized compiled is there on a CPU, not on {device}')
         rows = benchmark.check_models(args.models)
+        turns = [(row, form) for row in rows for form in dict.fromkeys(args.forms)
+                 if form == 'created' or row[0].partition('.')[0] in splitmixer.VARIANTS]
+        if not turns:
+            raise ValueError(f'forms {", ".join(args.forms)} are of SplitMixers, got models {", ".join(args.models)}')
         benchmark.check_folder(args.results)
         results = RooflineResults(args.results / f'{benchmark.results_name(str(device))}.roofline.csv')
     except ValueError as e:
@@ -337,8 +341,6 @@ def main(argv: Optional[List[str]] = None) -> int:
         common.update(
             copy_bytes_per_s=f'{ceilings["copy"]:.6g}', operations_per_s=f'{ceilings["operations"]:.6g}')
         passes = args.passes or (2 if device.type == 'cpu' else 10)
-        turns = [(row, form) for row in rows for form in dict.fromkeys(args.forms)
-                 if form == 'created' or row[0] in splitmixer.VARIANTS]
         for row, form in tqdm(turns, unit='model', disable=None):
             try:
                 lines = measure(row, settings, images, ceilings, passes, form)

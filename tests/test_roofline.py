@@ -213,6 +213,15 @@ def test_ceilings_of_another_day(run, tmp_path, monkeypatch):
     assert f'{one} / {other}. ' in text or f'{other} / {one}. ' in text
 
 
+def test_forms_of_a_model_with_its_tag(run, monkeypatch):
+    measured = []
+    monkeypatch.setattr(roofline, 'measure', lambda row, *args: measured.append((row[0], args[-1])) or [])
+    models = ['splitmixer_i_256_8.cifar10', 'splitmixer_i_256_8', 'convmixer_256_8.cifar10']
+    assert run('--models', *models, '--forms', 'created', 'optimized')[0] == 0
+    expected = [(name, form) for name in models for form in ('created', 'optimized')]
+    assert measured == expected[:-1]  # which is of ConvMixer
+
+
 def test_failing_model(run, tmp_path, monkeypatch):
     models = ['--models', 'convmixer_256_8_ks7_p7', 'splitmixer_i_256_8_ks7_p7']
     assert run(*models)[0] == 0
@@ -238,6 +247,8 @@ def test_failing_model(run, tmp_path, monkeypatch):
     (['--batch-size', '0'], "--batch-size: must be an integer of at least 1, got '0'"),
     (['--passes', '-1'], '--passes: must be'),
     (['--precision', 'tf32'], 'needs a CUDA device'), (['--results', __file__], 'results cannot be written'),
+    (['--models', 'convmixer_256_8', '--forms', 'plain', 'optimized'],
+     'forms plain, optimized are of SplitMixers, got models convmixer_256_8'),
 ])
 def test_bad_requests(run, args, words, tmp_path, monkeypatch):
     monkeypatch.setattr(roofline, 'measure', lambda *args: pytest.fail('work was started'))
