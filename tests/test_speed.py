@@ -331,9 +331,11 @@ def test_a_form_that_fails_is_recorded(results, monkeypatch):
     (['--turns', '0'], '--turns: must be an integer of at least 1'),
     (['--batch-size', '-1'], '--batch-size: must be an integer of at least 1'),
     (['--models', 'nomodel'], "unknown model 'nomodel'"),
+    (['--models', 'convmixer_256_8', 'table3'], "'table3' is for throughput"),
     (['--device', 'tpu'], "got 'tpu'"),
 ])
-def test_bad_arguments(args, words, capsys):
+def test_bad_arguments(args, words, capsys, monkeypatch):
+    monkeypatch.setattr(speed, 'ProcessPoolExecutor', lambda *args, **kwargs: pytest.fail('work was started'))
     with pytest.raises(SystemExit):
         speed.main(args)
     assert words in capsys.readouterr().err
