@@ -110,7 +110,7 @@ def speed_table(
             continue
         line = [name, f'{int(params[row]):,}', reports.number(v100), f'{v100 / TABLE3[BASELINE][1]:.2f}']
         line += ['-', '-'] if row not in results else [
-            reports.number(results[row]['img_per_s']), f'{reports.spread(results[row]):.1%}']
+            reports.number(results[row]['img_per_s']), reports.spread(results[row])]
         for own in (results, alike):
             if own is not None:
                 value = reports.ratio(own, row) if row in own else None

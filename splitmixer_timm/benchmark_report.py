@@ -112,7 +112,7 @@ def throughput_table(rows: Rows) -> str:
                 ['-', '-']
         if steady:
             line += [
-                number(steady[key]['img_per_s']), f'{spread(steady[key]):.1%}', _optional(ratio(steady, key), '.2f'),
+                number(steady[key]['img_per_s']), spread(steady[key]), _optional(ratio(steady, key), '.2f'),
             ] if key in steady else ['-', '-', '-']
         if has_memory:
             line.append(f'{float(own[0]["peak_memory_mib"]):,.0f} MiB' if own else '-')
@@ -120,10 +120,10 @@ def throughput_table(rows: Rows) -> str:
     return markdown_table(header, lines)
 
 
-def spread(row: Dict[str, str]) -> float:
-    """ Width of the range of a row's repeats, relative to their median."""
+def spread(row: Dict[str, str]) -> str:
+    """ Width of the range of a row's repeats, relative to their median; one alone has none."""
     rates = [float(rate) for rate in row['rates'].split()]
-    return (max(rates) - min(rates)) / float(row['img_per_s'])
+    return f'{(max(rates) - min(rates)) / float(row["img_per_s"]):.1%}' if len(rates) > 1 else '-'
 
 
 def describe_setting(rows: Rows) -> str:

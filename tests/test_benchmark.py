@@ -712,6 +712,14 @@ class TestReport:
         assert cells[5] == cells[8]
         assert cells[9] == '1,234 MiB'
 
+    def test_spread(self, rows):
+        """ Of one repeat there is none, which is not one of nothing."""
+        rates = ('2 3 4', '3')
+        group = [{**row, 'rates': rate, 'img_per_s': '3'} for row, rate in zip(rows, rates)]
+        table = benchmark_report.throughput_table(group).splitlines()
+        assert table[0].split('|')[6].strip() == 'spread'
+        assert [line.split('|')[6].strip() for line in table[2:]] == ['66.7%', '-']
+
     def test_says_what_it_is(self, rows):
         text = benchmark_report.describe(rows)
         assert 'not the paper' not in text
