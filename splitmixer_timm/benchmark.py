@@ -417,8 +417,9 @@ def describe_error(error: BaseException) -> str:
     return f'{kind}: {text}'[:200]
 
 
-def _measure_in_child(connection, row: Row, settings: Settings) -> None:
+def _measure_in_child(connection, row: Row, settings: Settings, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
+    torch.set_num_threads(threads)
     try:
         with backend_flags(settings):
             connection.send(Subject(row, settings, make_images(settings)).measure())
@@ -434,7 +435,8 @@ def measure_alone(row: Row, settings: Settings) -> Tuple[float, Dict[str, str]]:
     """
     context = multiprocessing.get_context('spawn')
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_measure_in_child, args=(sender, row, settings), daemon=True)
+    args = sender, row, settings, torch.get_num_threads()
+    child = context.Process(target=_measure_in_child, args=args, daemon=True)
     child.start()
     sender.close()
     try:

@@ -2,6 +2,7 @@
 import csv
 import io
 import json
+import multiprocessing
 import os
 import platform
 import re
@@ -12,6 +13,7 @@ import threading
 import types
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -218,6 +220,27 @@ class TestPaperProtocol:
         assert (first['timer'], first['warm_up'], first['batches']) == ('wall clock', '0', '2')
         assert failed['img_per_s'] == ''
         assert failed['error'].startswith('ValueError: num_segments must be')
+
+    def test_as_many_threads(self, monkeypatch):
+        """ In that process as in this one, whose number the results have."""
+        class InThisProcess:
+            def __init__(self, target, args, daemon):
+                self.start = partial(target, *args)
+
+            def join(self):
+                pass
+
+            kill = join
+
+        set_to = []
+        monkeypatch.setattr(torch, 'get_num_threads', lambda: 3)
+        monkeypatch.setattr(torch, 'set_num_threads', set_to.append)
+        monkeypatch.setattr(benchmark.signal, 'signal', lambda *args: None)
+        monkeypatch.setattr(benchmark, 'Subject', lambda *args: types.SimpleNamespace(measure=lambda: (1., {})))
+        context = types.SimpleNamespace(Pipe=multiprocessing.Pipe, Process=InThisProcess)
+        monkeypatch.setattr(multiprocessing, 'get_context', lambda kind: context)
+        assert benchmark.measure_alone(ROWS[0], TINY) == (1., {})
+        assert set_to == [3]
 
     def test_process_that_dies(self, monkeypatch):
         monkeypatch.setattr(benchmark, '_measure_in_child', die)
