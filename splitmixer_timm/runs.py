@@ -128,11 +128,18 @@ def is_place(split: Any) -> bool:
 def read_summary(run_dir: Path) -> List[Dict[str, str]]:
     """ A row of summary.csv for each epoch that the run has finished and measured; none where it has not begun.
 
-    A resumed run writes the header again, and an epoch that was cut off before its checkpoint was written as well.
+    A resumed run writes the header again, and an epoch that was cut off before its checkpoint was written as well. What
+    follows that epoch is of an earlier part, or of a run that was in this folder before, whose log train.py appends to.
     """
     path = run_dir / 'summary.csv'
-    rows = csv.DictReader(path.read_text().splitlines()) if path.is_file() else []
-    return list({row['epoch']: row for row in rows if (row.get('epoch') or '').isdecimal()}.values())
+    rows: List[Dict[str, str]] = []
+    for row in csv.DictReader(path.read_text().splitlines()) if path.is_file() else []:
+        if not (row.get('epoch') or '').isdecimal():
+            continue
+        while rows and int(rows[-1]['epoch']) >= int(row['epoch']):
+            rows.pop()
+        rows.append(row)
+    return rows
 
 
 def finished_epochs(rows: List[Dict[str, str]]) -> int:

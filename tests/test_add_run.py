@@ -273,6 +273,19 @@ def test_resumed_run(run):
 
 
 @pytest.mark.usefixtures('measured')
+@pytest.mark.parametrize(('before', 'epochs'), [('01234', '012'), ('2', '12')])
+def test_log_of_what_was_before(run, before, epochs):
+    """ A longer run by the same name, or a part with another val_interval whose last checkpoint was lost."""
+    header, *rows = SUMMARY.splitlines(keepends=True)
+    ours = header + ''.join(rows[int(epoch)] for epoch in epochs)
+    (run.path / 'summary.csv').write_text(header + ''.join(f'{epoch},9,9,99\n' for epoch in before) + ours)
+    run.add()
+    entry = json.loads((run.weights / 'manifest.json').read_text())['models'][NAME]
+    assert entry['training']['epochs'] == 3
+    assert (run.weights / entry['training']['summary']).read_text() == ours
+
+
+@pytest.mark.usefixtures('measured')
 def test_not_every_epoch_measured(run):
     """ With train.py's val_interval the log has only the epochs that were measured."""
     lines = SUMMARY.splitlines(keepends=True)
