@@ -73,6 +73,18 @@ def checked_name(name: str) -> Tuple[str, str]:
     return arch, tag
 
 
+def check_dataset(arch: str, dataset: str) -> None:
+    """ Check that an architecture is registered for a data set, with its input and its classes.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    datasets = ARCHITECTURES[arch][1]
+    if dataset not in datasets:
+        raise ValueError(f'dataset of {arch} must be one that it is registered for ({", ".join(datasets)}), '
+                         f'got {dataset!r}')
+
+
 def planned_epochs(run_args: Dict[str, Any], images: int = 0) -> int:
     """ Epochs of a run to its end, warm-up, cycles and cool-down included, as train.py has them from its scheduler.
 
@@ -314,6 +326,7 @@ def add_runs(
         raise ValueError(f'runs must differ in the seed, got {", ".join(str(a["seed"]) for a in all_args)}')
     tested_on, train_dir = check_images(data_dir / split, dataset), data_dir / run_args['train_split']
     trained_on = check_images(train_dir, dataset) if train_dir.is_dir() else 0
+    check_dataset(arch, dataset)
     # what else lies there, a part held out or a first few images, is not taken for it
     test_set = 'the official test set' if tested_on == DATASETS[dataset].test else \
         f'{tested_on:,} images, not the official test set'

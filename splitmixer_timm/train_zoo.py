@@ -44,6 +44,7 @@ from .add_run import (
     SEEN,
     add_runs,
     changed_from_registered,
+    check_dataset,
     check_images,
     checked_name,
     count_images,
@@ -196,6 +197,7 @@ def _read_model(
         raise ValueError(
             f'recipe of {name} in {path} must be for its data set: {item["recipe"]} is for the tag {dataset}, and '
             f'those that begin with {dataset}_')
+    check_dataset(arch, dataset)
     seeds = item.get('seeds', [base['seed']])
     if not isinstance(args, dict):
         raise ValueError(f'args of {name} in {path} must map arguments of train.py to values, got {args!r}')

@@ -153,6 +153,15 @@ def test_class_folders(run, tmp_path, capsys, split):
         next((data / split).glob('*/0.png')).unlink()
 
 
+def test_dataset_of_another_architecture(run, tmp_path, capsys):
+    """ It has no such tag, by which validate.py could measure it."""
+    make_images(tmp_path / 'flowers' / 'validation', range(102))
+    with pytest.raises(SystemExit):
+        run.add(more=['--dataset', 'flowers102', '--data-dir', str(tmp_path / 'flowers')])
+    assert 'dataset of splitmixer_ii_256_8 must be one that it is registered for (cifar10, cifar100), got ' \
+           "'flowers102'" in capsys.readouterr().err
+
+
 def test_seeds(run, tmp_path):
     """ The first run is published, the accuracy of all is reported."""
     other = tmp_path / 'other'

@@ -795,6 +795,7 @@ def test_what_ends_is_not_deaf():
     (dict(queue='splitmixer_i_256_8.a/b: {recipe: cifar10}'), "must be 'arch.tag'"),
     (dict(queue='1: {recipe: cifar10}'), "must be 'arch.tag'"),
     (dict(queue=f'{NAME}: {{recipe: cifar100}}'), 'cifar100 is for the tag cifar100'),
+    (dict(queue='splitmixer_i_256_8.flowers102: {recipe: flowers102}'), "(cifar10, cifar100), got 'flowers102'"),
     (dict(queue=f'{NAME}: {{recipe: cifar10, args: {{seed: 5, output: x}}}}'), 'must not have output, seed'),
     (dict(queue=f'{NAME}: {{recipe: cifar10, args: {{gp: max}}}}'), 'its args make it gp max'),
     (dict(queue=f'{NAME}: {{recipe: cifar10, args: {{mean: [0., 0., 0.]}}}}'), 'make it mean [0.0, 0.0, 0.0]'),
