@@ -488,7 +488,8 @@ def training_table() -> str:
     for name, entry in sorted(manifest.entries().items()):
         training = entry['training']
         rows.append([
-            f'`{name}`', training['recipe'], training['machine'], f'{training["hours"]:.1f} h',
+            f'`{name}`', training['recipe'], training['machine'],
+            f'{training["hours"]:.1f} h' if 'hours' in training else 'not known',
             f'torch {training["torch"]}, timm {training["timm"]}', training['date'],
             f'[`args.yaml`](weights/{training["args"]})', f'[curves](weights/{training["curves"]})'])
     return table(['weights', 'recipe', 'machine', 'time', 'versions', 'date', 'arguments', 'curves'], rows)

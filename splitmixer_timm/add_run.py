@@ -367,7 +367,8 @@ def add_runs(
             'checkpoint': 'last, EMA' if run_args.get('model_ema') else 'last',
             'epochs': finished_epochs(rows),
             'seed': run_args['seed'],
-            'hours': round(training_hours(run_dir), 2),
+            # of one that was resumed by hand the folder has only the last part's
+            **({} if run_args.get('resume') else {'hours': round(training_hours(run_dir), 2)}),
             **made,
             'date': latest_part(run_dir)[1],
         },

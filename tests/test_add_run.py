@@ -282,6 +282,19 @@ def test_resumed_run(run):
 
 
 @pytest.mark.usefixtures('measured')
+def test_resumed_by_hand(run):
+    """ train.py writes its arguments anew: when the run began is not known."""
+    args = yaml.safe_load((run.path / 'args.yaml').read_text())
+    run.add()
+    entries = json.loads((run.weights / 'manifest.json').read_text())['models']
+    assert 'hours' in entries[NAME]['training']
+    (run.path / 'args.yaml').write_text(yaml.safe_dump(dict(args, resume='/somewhere/run/last.pth.tar')))
+    run.add()
+    entries = json.loads((run.weights / 'manifest.json').read_text())['models']
+    assert 'hours' not in entries[NAME]['training']
+
+
+@pytest.mark.usefixtures('measured')
 @pytest.mark.parametrize(('before', 'epochs'), [('01234', '012'), ('2', '12')])
 def test_log_of_what_was_before(run, before, epochs):
     """ A longer run by the same name, or a part with another val_interval whose last checkpoint was lost."""
