@@ -37,15 +37,21 @@ def hold_out(train_dir: Path, target: Path) -> None:
         target: Folder to make.
 
     Raises:
+        ValueError: If a class has too few images to hold one out: timm would number those held out without it.
         OSError: If the folders cannot be written.
     """
     if target.is_dir():
         return
+    images, classes = find_images_and_targets(str(train_dir))
+    found = Counter(index for _, index in images)
+    if few := [name for name, index in classes.items() if found[index] < HELD_OUT]:
+        raise ValueError(f'{train_dir} must have at least {HELD_OUT} images of each class, has fewer of '
+                         f'{", ".join(few[:8])}' + (f', ... ({len(few)} in all)' if len(few) > 8 else ''))
     target.parent.mkdir(parents=True, exist_ok=True)
     seen = Counter()
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f'.{target.name}.') as temporary:
         staged = Path(temporary) / target.name
-        for file, index in find_images_and_targets(str(train_dir))[0]:
+        for file, index in images:
             seen[index] += 1
             split = SPLITS['train_split' if seen[index] % HELD_OUT else 'val_split']
             image = staged / split / Path(file).relative_to(train_dir)

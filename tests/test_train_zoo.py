@@ -206,6 +206,17 @@ def test_held_out(zoo, capsys):
     assert table.read_text() == 'a,b\n1,2\n'
 
 
+def test_a_class_of_which_none_is_held_out(zoo, capsys):
+    """ timm would number the classes that are held out without it, and take each after it for another."""
+    for folder in (zoo.path / 'data' / 'cifar100' / 'train').iterdir():
+        for number in range(1, 4 if folder.name == '7' else 5):
+            (folder / f'{number}.png').touch()
+    with pytest.raises(SystemExit):
+        zoo.run(OTHER, '--held-out', str(zoo.path / 'settings.csv'))
+    assert 'train must have at least 5 images of each class, has fewer of 7\n' in capsys.readouterr().err
+    assert not (zoo.path / 'runs').exists()
+
+
 def test_held_out_by_how_they_were_trained(zoo):
     """ What else differs is a row of its own; it is not in what the queue says beside a recipe."""
     args = QUEUE[OTHER]['args']
