@@ -179,20 +179,22 @@ def need_matplotlib(parser: argparse.ArgumentParser) -> None:
 
 
 def plot_curves(rows: List[Dict[str, str]], title: str) -> bytes:
-    """ Picture (PNG) of a run: loss and test accuracy by epoch."""
+    """ Picture (PNG) of a run: loss and test accuracy by epoch, as far as train.py measured them (`--val-split ''`)."""
     from matplotlib.figure import Figure
 
     epochs = [int(row['epoch']) + 1 for row in rows]
     figure = Figure(figsize=(8, 3), layout='constrained')
     loss, top1 = figure.subplots(1, 2)
     for key, label in (('train_loss', 'training'), ('eval_loss', 'test')):
-        loss.plot(epochs, [float(row[key]) for row in rows], label=label)
+        if key in rows[0]:
+            loss.plot(epochs, [float(row[key]) for row in rows], label=label)
     loss.set(xlabel='epoch', ylabel='cross-entropy', yscale='log')
     loss.legend()
-    values = [float(row['eval_top1']) for row in rows]
-    top1.plot(epochs, values, color='tab:orange')
-    top1.annotate(
-        f'{values[-1]:.2f}', (epochs[-1], values[-1]), xytext=(0, -14), textcoords='offset points', ha='right')
+    if 'eval_top1' in rows[0]:
+        values = [float(row['eval_top1']) for row in rows]
+        top1.plot(epochs, values, color='tab:orange')
+        top1.annotate(
+            f'{values[-1]:.2f}', (epochs[-1], values[-1]), xytext=(0, -14), textcoords='offset points', ha='right')
     top1.set(xlabel='epoch', ylabel='test top-1 %')
     for axes in (loss, top1):
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -264,7 +266,11 @@ def _checked_run(run_dir: Path, arch: str, data_dir: Path) -> Dict[str, Any]:
         raise ValueError(f'{run_dir} has {epochs} of {planned} epochs: train it to the end first')
     if not (run_dir / 'last.pth.tar').is_file():
         raise ValueError(f'{run_dir} has no last.pth.tar')
-    epoch = checkpoint_epoch(run_dir / 'last.pth.tar')
+    try:
+        epoch = checkpoint_epoch(run_dir / 'last.pth.tar')
+    except Exception as e:  # of many kinds, by where it was cut off
+        raise ValueError(f'{run_dir}/last.pth.tar cannot be read ({type(e).__name__}): resume the run from an earlier '
+                         'checkpoint') from e
     if epoch != planned - 1:
         raise ValueError(f'{run_dir}/last.pth.tar is of epoch {epoch}, not of the last, {planned - 1}: resume the run')
     if arch != run_args['model'].partition('.')[0]:
@@ -410,6 +416,8 @@ def main(argv: Optional[List[str]] = None) -> None:
         parser.error(str(e))
     except subprocess.CalledProcessError as e:
         parser.exit(1, f'{parser.prog}: validate.py failed with exit status {e.returncode}; nothing was added\n')
+    except OSError as e:  # as of a package that may not be written to, or a full disk
+        parser.exit(1, f'{parser.prog}: {e}\n')
     print(f'{args.name}: top-1 {entry["metrics"]["top1"]:.2f} %, {entry["bytes"]:,} bytes')
 
 

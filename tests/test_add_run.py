@@ -317,6 +317,16 @@ def test_not_every_epoch_measured(run):
     assert entry['training']['epochs'] == 3
 
 
+@pytest.mark.usefixtures('measured')
+def test_no_epoch_measured(run):
+    """ Trained without validation images: validate.py measures it all the same."""
+    (run.path / 'summary.csv').write_text('epoch,train_loss\n0,1.5\n1,1.2\n2,1.0\n')
+    run.add()
+    entry = json.loads((run.weights / 'manifest.json').read_text())['models'][NAME]
+    with Image.open(run.weights / entry['training']['curves']) as picture:
+        assert picture.size == (800, 300)
+
+
 def test_not_a_run(run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run.add(runs=[run.path, tmp_path])
@@ -338,6 +348,17 @@ def test_checkpoint_of_an_earlier_epoch(run, capsys):
     with pytest.raises(SystemExit):
         run.add()
     assert 'last.pth.tar is of epoch 1, not of the last, 2' in capsys.readouterr().err
+
+
+def test_damaged_checkpoint(run, capsys):
+    content = (run.path / 'last.pth.tar').read_bytes()
+    for damaged in (b'', content[:len(content) // 2]):
+        (run.path / 'last.pth.tar').write_bytes(damaged)
+        with pytest.raises(SystemExit) as error:
+            run.add()
+        assert error.value.code == 2
+        assert f'{run.path}/last.pth.tar cannot be read (' in capsys.readouterr().err
+    assert [path.name for path in run.weights.iterdir()] == ['manifest.json']
 
 
 def test_weights_that_are_not_finite(run, capsys):
@@ -416,6 +437,18 @@ def test_failed_validation_leaves_the_zoo_alone(run, capsys):
     assert error.value.code == 1
     assert 'validate.py failed with exit status 1; nothing was added' in capsys.readouterr().err
     assert [path.name for path in run.weights.iterdir()] == ['manifest.json']
+
+
+@pytest.mark.usefixtures('measured')
+def test_zoo_that_cannot_be_written(run, capsys, monkeypatch):
+    def replace_file(path, content):
+        raise PermissionError(13, 'Permission denied', str(path))
+
+    monkeypatch.setattr(manifest, 'replace_file', replace_file)
+    with pytest.raises(SystemExit) as error:
+        run.add()
+    assert error.value.code == 1
+    assert f"splitmixer_timm.add_run: [Errno 13] Permission denied: '{run.weights}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(('change', 'message'), [
