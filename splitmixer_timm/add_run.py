@@ -239,10 +239,14 @@ def validate(
 
 
 def changed_from_registered(args: Dict[str, Any]) -> List[str]:
-    """ Arguments of train.py that make of `model` another network, or another input, than its name stands for."""
-    data = resolve_data_config({}, pretrained_cfg=timm.get_pretrained_cfg(args['model']).to_dict())
+    """ Arguments of train.py that make of `model` another network, other classes or another input than its name stands
+    for."""
+    cfg = timm.get_pretrained_cfg(args['model'])
+    data = resolve_data_config({}, pretrained_cfg=cfg.to_dict())
     channels, *_, width = data['input_size']
-    registered = {**data, 'in_chans': channels, 'img_size': width, 'gp': 'avg', 'model_kwargs': None}
+    registered = {
+        **data, 'in_chans': channels, 'img_size': width, 'gp': 'avg', 'model_kwargs': None,
+        'num_classes': cfg.num_classes, 'class_map': None}
     given = {key: args[key] for key in registered if args.get(key)}
     return [
         f'{key} {value}' for key, value in given.items()

@@ -374,6 +374,7 @@ def test_weights_that_are_not_finite(run, capsys):
     (dict(model_kwargs=dict(act_layer='relu')), "with model_kwargs {'act_layer': 'relu'}: the zoo has models as they"),
     (dict(gp='max'), 'with gp max: the zoo has models as they are'),
     (dict(mean=[0., 0., 0.], img_size=64), 'with mean [0.0, 0.0, 0.0], img_size 64: the zoo'),
+    (dict(class_map='m.txt', num_classes=10), 'with class_map m.txt: the zoo'),
     (dict(seed=8, lr=0.5), 'in the seed alone, not in lr'),
     ({}, 'runs must differ in the seed, got 7, 7'),
 ])

@@ -34,6 +34,8 @@ parser.add_argument('-v', '--val-interval', '--vi')
 parser.add_argument('--amp-dtype')
 parser.add_argument('--gp')
 parser.add_argument('--mean')
+parser.add_argument('--num-classes')
+parser.add_argument('--class-map')
 config = yaml.safe_load(parser.parse_args().config.read_text())
 folder = pathlib.Path(config['output']) / config['experiment']
 ask = folder.parent.parent
@@ -810,6 +812,8 @@ def test_what_ends_is_not_deaf():
     (dict(queue=f'{NAME}: {{recipe: cifar10, args: {{seed: 5, output: x}}}}'), 'must not have output, seed'),
     (dict(queue=f'{NAME}: {{recipe: cifar10, args: {{gp: max}}}}'), 'its args make it gp max'),
     (dict(queue=f'{NAME}: {{recipe: cifar10, args: {{mean: [0., 0., 0.]}}}}'), 'make it mean [0.0, 0.0, 0.0]'),
+    (dict(queue=f'{NAME}: {{recipe: cifar10, args: {{num_classes: 3}}}}'), 'its args make it num_classes 3'),
+    (dict(queue=f'{NAME}: {{recipe: cifar10, args: {{class_map: m.txt}}}}'), 'its args make it class_map m.txt'),
     (dict(queue=f'{NAME}: {{recipe: cifar10_relu}}'), "make it model_kwargs {'act_layer': 'relu'}"),
     (dict(queue=f'{NAME}: {{recipe: cifar10, args: {{epoch: 5}}}}'), 'must be arguments of train.py, got epoch'),
     (dict(queue=f'{NAME}: {{recipe: cifar10, args: {{vi: 5}}}}'), 'must be arguments of train.py, got vi'),
@@ -887,7 +891,8 @@ def test_arguments_of_the_real_script(tmp_path):
     path, script = tmp_path / 'queue.yaml', Path(SCRIPTS) / 'train.py'
     names = yaml.safe_load(DEFAULTS.read_text()).keys() - train_zoo.OWN_ARGS
     registered = {
-        'gp', 'in_chans', 'input_size', 'img_size', 'mean', 'std', 'crop_pct', 'crop_mode', 'interpolation'}
+        'gp', 'in_chans', 'input_size', 'img_size', 'mean', 'std', 'crop_pct', 'crop_mode', 'interpolation',
+        'num_classes', 'class_map'}
     args = {**dict.fromkeys(names, 1), 'device_modules': ['json'], 'opt_kwargs': {}}
     args.update(dict.fromkeys(args.keys() & registered))  # in these a model must be as it is registered
     path.write_text(yaml.safe_dump({NAME: dict(recipe='cifar10', args=args)}))
