@@ -60,7 +60,11 @@ def hold_out(train_dir: Path, target: Path) -> None:
                 os.link(Path(file).resolve(), image)
             except OSError:
                 shutil.copyfile(file, image)
-        staged.rename(target)
+        try:
+            staged.rename(target)
+        except OSError:
+            if not target.is_dir():  # by another driver meanwhile
+                raise
 
 
 def describe(run_dir: Path, recipe: str, data_dir: Path, scripts: Path) -> Dict[str, str]:

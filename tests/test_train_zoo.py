@@ -277,6 +277,25 @@ def test_images_are_held_out_as_they_are(tmp_path, monkeypatch, links):
     assert add_run.count_images(tmp_path / 'target' / 'rest') == 16
 
 
+def test_held_out_by_another_driver(tmp_path, monkeypatch):
+    """ Who comes second takes what the first made meanwhile, and leaves nothing behind."""
+    link = os.link
+
+    def other_driver(*args):
+        monkeypatch.setattr(os, 'link', link)
+        held_out.hold_out(tmp_path / 'train', tmp_path / 'runs' / 'cifar10')
+        link(*args)
+
+    make_images(tmp_path / 'train', range(5))
+    for folder in (tmp_path / 'train').iterdir():
+        for number in range(1, 5):
+            (folder / f'{number}.png').touch()
+    monkeypatch.setattr(os, 'link', other_driver)
+    held_out.hold_out(tmp_path / 'train', tmp_path / 'runs' / 'cifar10')
+    assert [path.name for path in (tmp_path / 'runs').iterdir()] == ['cifar10']
+    assert add_run.count_images(tmp_path / 'runs' / 'cifar10' / 'rest') == 20
+
+
 @pytest.mark.parametrize('split', ['train', 'validation'])
 def test_classes_are_checked_first(zoo, capsys, split):
     """ Not after days of training."""
