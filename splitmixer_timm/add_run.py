@@ -13,7 +13,6 @@ What `train_zoo` trained can be added anywhere. A run that train.py was started 
 in the environment, that trained: those are what the entry names. Needs the `bench` extra.
 """
 import argparse
-import csv
 import datetime
 import hashlib
 import io
@@ -53,6 +52,7 @@ from .runs import (
     read_args,
     read_made_on,
     read_summary,
+    summary_content,
 )
 
 ELAPSED = 'elapsed.txt'  # seconds of each part of a run that was cut off and resumed, a line each
@@ -182,17 +182,19 @@ def plot_curves(rows: List[Dict[str, str]], title: str) -> bytes:
     """ Picture (PNG) of a run: loss and test accuracy by epoch, as far as train.py measured them (`--val-split ''`)."""
     from matplotlib.figure import Figure
 
-    epochs = [int(row['epoch']) + 1 for row in rows]
+    def curve(key: str) -> Tuple[List[int], List[float]]:
+        measured = [row for row in rows if row.get(key)]
+        return [int(row['epoch']) + 1 for row in measured], [float(row[key]) for row in measured]
+
     figure = Figure(figsize=(8, 3), layout='constrained')
     loss, top1 = figure.subplots(1, 2)
-    for key, label in (('train_loss', 'training'), ('eval_loss', 'test')):
-        if key in rows[0]:
-            loss.plot(epochs, [float(row[key]) for row in rows], label=label)
+    loss.plot(*curve('train_loss'), label='training')
+    loss.plot(*curve('eval_loss'), label='test')
     loss.set(xlabel='epoch', ylabel='cross-entropy', yscale='log')
     loss.legend()
-    if 'eval_top1' in rows[0]:
-        values = [float(row['eval_top1']) for row in rows]
-        top1.plot(epochs, values, color='tab:orange')
+    epochs, values = curve('eval_top1')
+    top1.plot(epochs, values, color='tab:orange')
+    if values:
         top1.annotate(
             f'{values[-1]:.2f}', (epochs[-1], values[-1]), xytext=(0, -14), textcoords='offset points', ha='right')
     top1.set(xlabel='epoch', ylabel='test top-1 %')
@@ -251,14 +253,6 @@ def changed_from_registered(args: Dict[str, Any]) -> List[str]:
     return [
         f'{key} {value}' for key, value in given.items()
         if (tuple(value) if isinstance(value, list) else value) != registered[key]]
-
-
-def _summary_content(rows: List[Dict[str, str]]) -> bytes:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=rows[0].keys(), lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
 
 
 def _checked_run(run_dir: Path, arch: str, data_dir: Path) -> Dict[str, Any]:
@@ -392,7 +386,7 @@ def add_runs(
     kept = {folder / entry['training']['curves']: plot_curves(rows, f'{name}, seed {run_args["seed"]}')}
     for other, other_args in zip(run_dirs, all_args):
         for key, file_content in (('args', yaml.safe_dump(public_args(other_args)).encode()),
-                                  ('summary', _summary_content(read_summary(other)))):
+                                  ('summary', summary_content(read_summary(other)))):
             file = folder / entry['training'][key]
             kept[file if other == run_dir else file.with_stem(f'{file.stem}.{other_args["seed"]}')] = file_content
     return manifest.write_entry(name, entry, {**kept, folder / entry['file']: content})

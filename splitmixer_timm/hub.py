@@ -62,6 +62,7 @@ from .runs import (
     read_summary,
     sorted_classes,
     split_dataset,
+    summary_content,
 )
 from .splitmixer import _NORM_LAYERS, SplitMixer, thawed
 
@@ -483,8 +484,8 @@ def run_release(
         if len(data_config[key]) != in_chans:
             del data_config[key]  # the pretrained cfg's, of another number of channels, which timm converts
     files = {ARGS: yaml.safe_dump(public_args(args)).encode()}
-    if (folder / SUMMARY).is_file():
-        files[SUMMARY] = (folder / SUMMARY).read_bytes()
+    if summary:
+        files[SUMMARY] = summary_content(summary)
     training = {'seed': args.get('seed'), 'epochs': epoch if epoch is None else epoch + 1, **_told_by(files)}
     if args.get('model_ema'):
         training['checkpoint'] = 'EMA'  # which timm loads where there is one

@@ -1,6 +1,7 @@
 """ What timm's train.py is given, and what it leaves in the output folder of a run. """
 import argparse
 import csv
+import io
 import os
 import threading
 from pathlib import Path
@@ -132,14 +133,25 @@ def read_summary(run_dir: Path) -> List[Dict[str, str]]:
     follows that epoch is of an earlier part, or of a run that was in this folder before, whose log train.py appends to.
     """
     path = run_dir / 'summary.csv'
+    header: List[str] = []
     rows: List[Dict[str, str]] = []
-    for row in csv.DictReader(path.read_text().splitlines()) if path.is_file() else []:
-        if not (row.get('epoch') or '').isdecimal():
-            continue
-        while rows and int(rows[-1]['epoch']) >= int(row['epoch']):
-            rows.pop()
-        rows.append(row)
+    for cells in csv.reader(path.read_text().splitlines()) if path.is_file() else []:
+        if cells and cells[0] == 'epoch':  # other columns, where it was measured otherwise
+            header = cells
+        elif header and cells and cells[0].isdecimal():
+            while rows and int(rows[-1]['epoch']) >= int(cells[0]):
+                rows.pop()
+            rows.append(dict(zip(header, cells)))
     return rows
+
+
+def summary_content(rows: List[Dict[str, str]]) -> bytes:
+    """ A summary.csv of these rows, under one header."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, dict.fromkeys(key for row in rows for key in row), lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
 
 
 def finished_epochs(rows: List[Dict[str, str]]) -> int:

@@ -327,6 +327,17 @@ def test_no_epoch_measured(run):
         assert picture.size == (800, 300)
 
 
+@pytest.mark.usefixtures('measured')
+def test_columns_of_each_part(run):
+    """ Begun without validation images, and resumed with them."""
+    (run.path / 'summary.csv').write_text(
+        'epoch,train_loss,lr\n0,1.5,0.3\nepoch,train_loss,eval_loss,eval_top1,lr\n1,1.2,1.0,70,0.2\n2,1.0,0.9,80,0.1\n')
+    run.add()
+    entry = json.loads((run.weights / 'manifest.json').read_text())['models'][NAME]
+    assert (run.weights / entry['training']['summary']).read_text() == (
+        'epoch,train_loss,lr,eval_loss,eval_top1\n0,1.5,0.3,,\n1,1.2,0.2,1.0,70\n2,1.0,0.1,0.9,80\n')
+
+
 def test_not_a_run(run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run.add(runs=[run.path, tmp_path])

@@ -1388,6 +1388,16 @@ class TestCommandLine:
         (run_dir[0] / 'summary.csv').write_text('# notes\n1,2\n')
         assert hub.run_release(run_dir[0]).metrics == {}
 
+    def test_log_of_a_run_that_was_there_before(self, run_dir):
+        """ train.py appends to it; the best of the other run is not this one's."""
+        folder, _ = run_dir
+        log = (folder / 'summary.csv').read_text()
+        header = log.splitlines(keepends=True)[0]
+        (folder / 'summary.csv').write_text(header + ''.join(f'{n},9,9,99,99\n' for n in range(5)) + log)
+        release = hub.run_release(folder)
+        assert release.metrics['measured_by'] == "timm's train.py on its validation split, after epoch 2"
+        assert release.extra['summary.csv'].decode() == log
+
     def test_run_of_one_channel(self, server, run_dir):
         folder, _ = run_dir
         args = yaml.safe_load((folder / 'args.yaml').read_text())
