@@ -6,6 +6,7 @@ on the images: no call lays out weights for oneDNN, looks up buffers, or calls m
 """
 import platform
 import warnings
+from functools import wraps
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
@@ -67,6 +68,17 @@ def _multiplies_in_place(dtype: torch.dtype) -> bool:
 def _is_recorded() -> bool:
     """ Whether operations are recorded: compiled, traced, counted or run on fake tensors, which know no such layout."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """ A function that computes in the types of what it is given, whatever autocast would have."""
+    @wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        # one for each call: torch.autocast keeps in itself what is to be restored, and threads would share it
+        with torch.autocast('cpu', enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapped
 
 
 class NotCompiled(Unsupported):
@@ -505,7 +517,7 @@ class FusedSplitMixer(FusedModel):
             features = [x.permute(0, 3, 1, 2).to(self.dtype) for x in features]
             yield [self.global_pool(features[-1])] if is_pooled else features
 
-    @torch.autocast('cpu', enabled=False)
+    @_without_autocast
     def _features(self, x: torch.Tensor, taken: Sequence[int] = (), depth: Optional[int] = None) -> List[torch.Tensor]:
         batch, start = [], 0
         for pieces in self._pieces(x, taken, depth):
@@ -521,7 +533,7 @@ class FusedSplitMixer(FusedModel):
         return batch
 
     @torch.no_grad()
-    @torch.autocast('cpu', enabled=False)
+    @_without_autocast
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         parts = (self.global_pool, self.head_drop, self.head)
         if is_everything_watched() or any(

@@ -8,8 +8,10 @@ import re
 import subprocess
 import sys
 import textwrap
+import threading
 import warnings
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -764,6 +766,19 @@ class TestInterface:
         expected = fused(images)
         with torch.autocast('cpu', torch.bfloat16):
             assert torch.equal(fused(images), expected)
+
+    def test_autocast_of_another_thread(self, images):
+        """ Threads that run one model at a time each keep their own."""
+        fused, both = optimize_for_inference(build()), threading.Barrier(2, timeout=20)
+        fused.head.register_forward_hook(lambda *args: both.wait() and None)  # each is inside before either leaves
+
+        def run(enabled):
+            with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
+                fused(images)
+                return torch.is_autocast_enabled('cpu')
+
+        with ThreadPoolExecutor(2) as pool:
+            assert list(pool.map(run, (False, True))) == [False, True]
 
 
 class TestRefused:
