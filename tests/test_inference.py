@@ -770,7 +770,7 @@ class TestInterface:
     def test_autocast_of_another_thread(self, images):
         """ Threads that run one model at a time each keep their own."""
         fused, both = optimize_for_inference(build()), threading.Barrier(2, timeout=20)
-        fused.head.register_forward_hook(lambda *args: both.wait() and None)  # each is inside before either leaves
+        fused.head.register_forward_hook(lambda *args: (both.wait(), None)[1])  # each is inside before either leaves
 
         def run(enabled):
             with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
