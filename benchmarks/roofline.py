@@ -28,14 +28,14 @@ from unittest import mock
 
 import torch
 from plain import plain_model
-from speed import optimize_compiled
+from speed import optimize
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
-from splitmixer_timm import SplitMixer, benchmark, fused, fused_cpu, optimize_for_inference, splitmixer
+from splitmixer_timm import SplitMixer, benchmark, fused, fused_cpu, splitmixer
 from splitmixer_timm.benchmark import SETTING, VERSIONS, Results, Row, Settings, Subject, make_images, seconds
 from splitmixer_timm.cli import positive
 
@@ -60,8 +60,8 @@ ALLOCATIONS = {
 FORMS = {
     'plain': plain_model,
     'created': lambda model: model,
-    'optimized': optimize_for_inference,
-    'optimized compiled': optimize_compiled,  # on a CPU
+    'optimized': optimize,
+    'optimized compiled': functools.partial(optimize, compile=True),  # on a CPU
 }
 FORWARD, FUSED = 'forward', 'forward, fused'
 

@@ -101,11 +101,11 @@ def _openvino(model: nn.Module, images: torch.Tensor, precision: str) -> Callabl
     return lambda x: torch.from_numpy(compiled(x.numpy())[0])
 
 
-def optimize_compiled(model: nn.Module, **kwargs: Any) -> nn.Module:
-    """ `optimize_for_inference` with compiled kernels; an error where it would only warn that there are none."""
+def optimize(model: nn.Module, **kwargs: Any) -> nn.Module:
+    """ `optimize_for_inference`; an error where it would only warn that it has no faster form, or compiles nothing."""
     with warnings.catch_warnings():
         warnings.filterwarnings('error', 'optimize_for_inference')
-        return optimize_for_inference(model, compile=True, **kwargs)
+        return optimize_for_inference(model, **kwargs)
 
 
 def computes_bfloat16(device: torch.device) -> bool:
@@ -126,13 +126,13 @@ def inference_forms(
         yield 'created', lambda: model
     yield 'compiled', lambda: torch.compile(model, dynamic=False)
     if isinstance(model, SplitMixer):
-        yield 'optimized', lambda: optimize_for_inference(model)
+        yield 'optimized', lambda: optimize(model)
         if computes_bfloat16(images.device):
-            yield 'optimized bf16', lambda: optimize_for_inference(model, dtype=torch.bfloat16)
+            yield 'optimized bf16', lambda: optimize(model, dtype=torch.bfloat16)
         if images.device.type == 'cpu':  # on CUDA it has kernels in any case
-            yield 'optimized compiled', lambda: optimize_compiled(model)
+            yield 'optimized compiled', lambda: optimize(model, compile=True)
             if computes_bfloat16(images.device):
-                yield 'optimized compiled bf16', lambda: optimize_compiled(model, dtype=torch.bfloat16)
+                yield 'optimized compiled bf16', lambda: optimize(model, compile=True, dtype=torch.bfloat16)
     if images.device.type == 'cpu' and find_spec('onnxscript'):
         if find_spec('onnxruntime'):
             yield 'ONNX Runtime', lambda: _session(plain, images)

@@ -197,8 +197,9 @@ def describe(rows: Rows) -> str:
         repeats = _extent(len(row['rates'].split()) for row in steady)
         batches = _extent(int(row['batches']) for row in steady)
         batches = 'one batch' if batches == '1' else f'{batches} batches'
+        repeats = 'one repeat' if repeats == '1' else f'median of {repeats} repeats'
         sentences.append(
-            f'Steady: after warm-up, median of {repeats} repeats of {batches}, the models in turn, timed by '
+            f'Steady: after warm-up, {repeats} of {batches}, the models in turn, timed by '
             f'{next(iter(steady))["timer"]}; spread is (max - min) / median')
         unstable = [label(_row(row)) for row in steady if row['stable'] == 'no']
         if unstable:

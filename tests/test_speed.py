@@ -142,9 +142,18 @@ def test_no_kernels(monkeypatch):
     monkeypatch.setattr(fused_cpu, 'library', no_compiler)
     model = timm.create_model('splitmixer_i_256_8', depth=1).eval()
     with pytest.raises(UserWarning, match='compiles nothing for want of a C.. compiler .*no compiler'):
-        speed.optimize_compiled(model)
+        speed.optimize(model, compile=True)
     with pytest.raises(UserWarning, match='no compiler'):
         roofline.FORMS['optimized compiled'](model)
+
+
+def test_no_faster_form():
+    """ Without one there is an error, not the time of a copy of the model."""
+    model = timm.create_model('splitmixer_i_256_8', depth=1).eval().half()
+    forms = dict(speed.inference_forms(model, torch.ones(1, 3, 32, 32)))
+    for optimize in (forms['optimized'], lambda: roofline.FORMS['optimized'](model)):
+        with pytest.raises(UserWarning, match='optimize_for_inference has no faster form'):
+            optimize()
 
 
 @pytest.mark.parametrize('memory', ['returned', 'kept'])
