@@ -236,6 +236,7 @@ def model_card(
     facts = [
         ('Recipe', training.get('recipe')),
         ('Started from', training.get('started_from')),
+        ('Teacher', training.get('teacher')),
         ('Images', None if images is None else f'{images:,}' + (f', {split}' if split else '')),
         ('Epochs', training.get('epochs')),
         ('Checkpoint', training.get('checkpoint')),

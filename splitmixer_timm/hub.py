@@ -489,6 +489,9 @@ def run_release(
     training = {'seed': args.get('seed'), 'epochs': epoch if epoch is None else epoch + 1, **_told_by(files)}
     if args.get('model_ema'):
         training['checkpoint'] = 'EMA'  # which timm loads where there is one
+    if args.get('kd_model_name'):
+        source = args.get('kd_distill_type', 'logit')
+        training['teacher'] = f'`{public_args(args)["kd_model_name"]}`, distilled from its {source}s'
     if args.get('initial_checkpoint') or args.get('pretrained') and args.get('pretrained_path'):
         training['started_from'] = 'a checkpoint'
     elif args.get('pretrained'):

@@ -68,7 +68,7 @@ def optimize_for_inference(
     Args:
         model: The model, in eval mode; it stays as it is, and changes to it later do not reach the new one.
         dtype: Data type of weights and features, `torch.float32`, `torch.bfloat16` or, on CUDA, `torch.float16`; that
-            of the model if None.
+            of the model's stem if None.
         compile: Whether kernels are compiled on a CPU. On CUDA there are kernels in any case.
 
     Returns:

@@ -1075,6 +1075,9 @@ class TestCommandLine:
         (dict(pretrained=True), f'- Started from: the pretrained weights of `{NAME}`'),
         (dict(pretrained=True, initial_checkpoint='/secret/first.pth'), '- Started from: a checkpoint'),
         (dict(pretrained=True, pretrained_path='/secret/first.pth'), '- Started from: a checkpoint'),
+        (dict(kd_model_name='resnet18', kd_distill_type='logit'), '- Teacher: `resnet18`, distilled from its logits'),
+        (dict(kd_model_name='local-dir:/secret', kd_distill_type='feature'),
+         '- Teacher: `local-dir:<MODEL_DIR>`, distilled from its features'),
     ])
     def test_card_of_a_fine_tuned_run(self, run_dir, capsys, given, told):
         """ Of what weights, and no share of five answers where there are no more classes."""
