@@ -1,5 +1,4 @@
 """ What timm's train.py is given, and what it leaves in the output folder of a run. """
-import argparse
 import csv
 import io
 import os
@@ -7,8 +6,8 @@ import threading
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
-import torch
 import yaml
+from timm.utils import load_checkpoint_metadata
 
 RECIPES_DIR = Path(__file__).resolve().parent / 'recipes'
 FIRST_ARGS = 'args.first.yaml'  # the arguments of a run that was resumed, as they were when it began
@@ -84,8 +83,8 @@ def checkpoint_epoch(checkpoint: Path) -> Optional[int]:
     """ Epoch after which train.py wrote a checkpoint, from 0; None where it does not tell (safetensors, an average)."""
     if checkpoint.suffix == '.safetensors':
         return None
-    with loading, torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(checkpoint, map_location='cpu', weights_only=True).get('epoch')
+    with loading:
+        return load_checkpoint_metadata(checkpoint).get('epoch')
 
 
 def sorted_classes(reader: Any) -> Tuple[str, ...]:
