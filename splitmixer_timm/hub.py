@@ -44,6 +44,7 @@ from timm.layers import SelectAdaptivePool2d
 from timm.layers.create_act import _ACT_LAYER_DEFAULT
 from timm.models import ConvMixer, get_model_args, is_model, load_state_dict, model_entrypoint
 from timm.models._hub import save_config_for_hf
+from timm.utils import unwrap_model
 from torch import nn
 
 from . import __version__, manifest
@@ -246,8 +247,7 @@ class Release:
     license: Optional[str] = None
 
     def __post_init__(self):
-        while hasattr(self.model, '_orig_mod') or hasattr(self.model, 'module'):  # compiled; DDP, EMA
-            self.model = getattr(self.model, '_orig_mod', None) or self.model.module
+        self.model = unwrap_model(self.model)  # compiled; DDP, EMA
         cfg = getattr(self.model, 'pretrained_cfg', None)
         if not cfg or not _is_ours(cfg.get('architecture')) or type(self.model) not in (SplitMixer, ConvMixer):
             raise ValueError(
@@ -432,13 +432,11 @@ def run_release(
     if not checkpoint.is_file():
         raise ValueError(f'{folder} has no {checkpoint.name}: train at least one epoch.')
     input_size = args.get('input_size')
-    given = {
-        'in_chans': args.get('in_chans') or (input_size[0] if input_size else None),  # as train.py has it
-        'num_classes': args.get('num_classes'), 'global_pool': args.get('gp')}
+    in_chans = args.get('in_chans') or (input_size[0] if input_size else None)  # as train.py has it
     try:  # 'hf-hub:' and 'local-dir:' name a configuration, of which that folder or the Hub may have none any more
         with explained_model(str(args['model'])):
             model = timm.create_model(
-                args['model'], **{key: value for key, value in given.items() if value is not None},
+                args['model'], in_chans=in_chans, num_classes=args.get('num_classes'), global_pool=args.get('gp'),
                 **(args.get('model_kwargs') or {}))
     except Exception as e:
         raise ValueError(
