@@ -439,14 +439,12 @@ def draw_accuracies(rows: List[Dict[str, str]], path: Path) -> None:
         rows: What `accuracies` gives.
         path: PNG file to write.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     peers = ('#999999', 'x')
     figure = Figure(figsize=(12, 5), layout='constrained')
-    FigureCanvasAgg(figure)
     for axes, dataset in zip(figure.subplots(1, len(PEERS)), PEERS):
         for row in rows:
             if row['dataset'] != dataset:

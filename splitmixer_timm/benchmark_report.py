@@ -256,7 +256,6 @@ def draw(rows: Rows, path: Path) -> None:
         rows: Rows of one setting.
         path: PNG file to write.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
@@ -269,7 +268,6 @@ def draw(rows: Rows, path: Path) -> None:
     paper_rates = v100(rows)
 
     figure = Figure(figsize=(15, 6), layout='constrained')
-    FigureCanvasAgg(figure)
     left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1.1, 0.9))
     beside = f"; the paper's V100: {papers_setting(rows) or 'fp32'}" if paper_rates else ''
     figure.suptitle(f'{device}: {describe_setting(rows)}{beside}')

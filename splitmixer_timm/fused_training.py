@@ -453,7 +453,7 @@ BLOCKS.append(FusedBlock)
 INDEPENDENT.extend([FusedBlock, FusedBlocks])
 
 
-def _check_trained(model: nn.Module, device: Optional[torch.device]) -> None:
+def _check_trained(model: nn.Module, device: Optional[Union[str, torch.device]]) -> None:
     if kernels is None:
         raise Unsupported('torch without Triton')
     if not isinstance(model, SplitMixer):
