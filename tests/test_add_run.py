@@ -162,8 +162,13 @@ def test_dataset_of_another_architecture(run, tmp_path, capsys):
            "'flowers102'" in capsys.readouterr().err
 
 
-def test_seeds(run, tmp_path):
+def test_seeds(run, tmp_path, monkeypatch):
     """ The first run is published, the accuracy of all is reported."""
+    def validate(model, weights, *args):
+        better = load_file(weights)['head.bias'][0] < 0.5
+        return dict(top1=81.25, top5=99.5) if better else dict(top1=80.5, top5=99)
+
+    monkeypatch.setattr(add_run, 'validate', validate)
     other = tmp_path / 'other'
     shutil.copytree(run.path, other)
     args = yaml.safe_load((other / 'args.yaml').read_text())
@@ -173,9 +178,6 @@ def test_seeds(run, tmp_path):
     (other / 'summary.csv').write_text(SUMMARY.replace('2,1.0,0.9,80', '2,1.0,0.9,79'))
     worse = {k: v + 1 for k, v in run.state_dict.items()}
     torch.save({'epoch': 2, 'state_dict': worse}, other / 'last.pth.tar')
-    run.validate.write_text(run.validate.read_text().replace(
-        'dict(top1=81.25, top5=99.5)',
-        'dict(top1=81.25, top5=99.5) if model.head.bias[0] < 0.5 else dict(top1=80.5, top5=99)'))
     run.add(runs=[run.path, other])
     entry = json.loads((run.weights / 'manifest.json').read_text())['models'][NAME]
     assert entry['training']['seed'] == 7
