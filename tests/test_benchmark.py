@@ -894,7 +894,7 @@ class TestDocuments:
         row, = (line for line in lines if line.startswith('| I, α = 2/3 |'))
         assert row.endswith(' | 2.57 | 3 | 0.0% | 1.50 | 4.00 |')
 
-    def test_accuracy_picture(self, run_report, tmp_path, capsys, monkeypatch, drawn):
+    def test_accuracy_picture(self, run_report, tmp_path, monkeypatch, drawn):
         """ Drawn from the manifest and the paper's tables, and stale when a model of the zoo has another accuracy."""
         import report
         picture = tmp_path / 'benchmarks' / 'results' / 'accuracy.png'

@@ -631,7 +631,7 @@ class TestErrors:
     @pytest.mark.parametrize('stored', [
         'hf_\x0bsecret', '\ufeffhf_secret'.encode(), 'hf_secret\n'.encode('utf-16'),
     ], ids=['environment', 'bom', 'utf16'])
-    def test_logged_in_with_what_cannot_be_sent(self, server, monkeypatch, tmp_path, stored):
+    def test_logged_in_with_what_cannot_be_sent(self, server, monkeypatch, stored):
         """ It would be shown by the error of the connection, and the network be blamed."""
         push_to_hub(create(), REPO, token=TOKEN)
         if isinstance(stored, str):
@@ -711,7 +711,7 @@ class TestErrors:
         """ What timm itself loads from the Hub fails with errors of the connection."""
         assert one_line(error) == told
 
-    def test_reason_of_a_refusal(self, server, monkeypatch):
+    def test_reason_of_a_refusal(self, server):
         """ What the Hub says itself is passed on."""
         push_to_hub(create(), REPO, token=TOKEN)
         server.fail('/commit/', 403, times=None)
@@ -767,7 +767,7 @@ class TestErrors:
             push_to_hub(create(), REPO, token=TOKEN)
         assert files(server)['README.md'] == b'# Mine\n'
 
-    def test_no_network(self, server, monkeypatch):
+    def test_no_network(self, server):
         """ At once, and with the repository's name; what is in the cache can still be had."""
         push_to_hub(create(), REPO, token=TOKEN)
         model = pull_from_hub(REPO)
@@ -1050,7 +1050,7 @@ class TestCommandLine:
         assert cli.main(['predict', str(ROOT / 'tests/assets/airplane.png'), '--model', f'hf-hub:{REPO}']) == 0
         assert 'airplane' in capsys.readouterr().out
 
-    def test_push_of_a_run(self, server, run_dir, capsys):
+    def test_push_of_a_run(self, server, run_dir):
         folder, model = run_dir
         assert cli.main(['push', str(folder), REPO, '--dataset', 'alice/letters']) == 0
         published = files(server)
@@ -1211,7 +1211,7 @@ class TestCommandLine:
             assert '--record is for models of the zoo' in capsys.readouterr().err
         assert not server.requests
 
-    def test_a_folder_named_like_a_model(self, server, tmp_path, monkeypatch, capsys):
+    def test_a_folder_named_like_a_model(self, server, tmp_path, monkeypatch):
         """ The zoo's name is the zoo's; the folder's weights are known as the zoo's besides."""
         push_to_hub(timm.create_model(ZOO, pretrained=True), f'alice/{ZOO}', token=TOKEN)
         expected = files(server, f'alice/{ZOO}')
@@ -1223,7 +1223,7 @@ class TestCommandLine:
             assert published['model.safetensors'] == expected['model.safetensors']
             assert b'top-1 accuracy, %' in published['README.md']
 
-    def test_averaged_checkpoint_was_not_measured(self, server, run_dir, capsys):
+    def test_averaged_checkpoint_was_not_measured(self, server, run_dir):
         folder, model = run_dir
         torch.save({'state_dict': model.state_dict()}, folder / 'averaged.pth')
         assert cli.main(['push', str(folder / 'averaged.pth'), REPO]) == 0

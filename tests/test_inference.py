@@ -272,7 +272,7 @@ class TestCompile:
         assert type(fused) is FusedSplitMixer
         assert difference(fused, model, images) < 1e-5
 
-    def test_no_faster_form(self, images):
+    def test_no_faster_form(self):
         model = build(act_layer='silu')
         with pytest.warns(UserWarning, match='no faster form for activation SiLU'):
             assert type(optimize_for_inference(model, compile=True)) is SplitMixer
@@ -386,7 +386,7 @@ class TestCompile:
 
     @INDUCTOR
     @pytest.mark.compile
-    def test_inference_mode_and_sizes(self, images):
+    def test_inference_mode_and_sizes(self):
         """ The same kernels for all batches and sizes, also of tensors without versions."""
         model = build()
         fused = optimize_for_inference(model, compile=True)

@@ -67,7 +67,7 @@ class TestCustomisedConvolutions:
         assert seen == [12, 12]
 
     @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
-    def test_hooks_on_a_shared_convolution(self, images, memory_format):
+    def test_hooks_on_a_shared_convolution(self, memory_format):
         """ It sees each segment as it is, not all as a batch of more images."""
         mixer, seen = randomize(SplitMixer(24, 2, channel_mixing='iii')).blocks[0].channel_mixing.mixer, []
         x = torch.randn(2, 24, 5, 6).contiguous(memory_format=memory_format)
@@ -162,7 +162,7 @@ class TestAgainstPaper:
         model = SplitMixer(24, 3, channel_mixing='3d', channel_kernel_size=m, channel_stride=t, num_classes=10)
         assert_same(model, expected, images)
 
-    def test_3d_without_overlap_is_iii_interleaved(self, images):
+    def test_3d_without_overlap_is_iii_interleaved(self):
         """ m = t = h / s: type III, its outputs map-major."""
         sliding = SplitMixer(24, 1, channel_mixing='3d', channel_kernel_size=12, channel_stride=12).eval()
         shared = SplitMixer(24, 1, channel_mixing='iii').eval()
