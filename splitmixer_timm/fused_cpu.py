@@ -23,7 +23,7 @@ from .compiled_cpu import (
     spatial_mixing_kernel,
 )
 from .fused import FusedModel, Product, Unsupported, activation, check_supported, fold_affine, segments
-from .layers import is_everything_watched, is_watched
+from .layers import count_dispatch_modes, is_everything_watched, is_watched
 from .machine import has_bfloat16
 from .splitmixer import PIECE_BYTES, SplitMixer, SplitMixerBlock
 
@@ -67,7 +67,7 @@ def _multiplies_in_place(dtype: torch.dtype) -> bool:
 
 def _is_recorded() -> bool:
     """ Whether operations are recorded: compiled, traced, counted or run on fake tensors, which know no such layout."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or count_dispatch_modes() > 0
 
 
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:

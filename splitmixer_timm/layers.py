@@ -13,15 +13,15 @@ from timm.layers import register_notrace_module
 from torch.utils._device import DeviceContext
 
 __all__ = [
-    'AxisConv2d', 'ChannelsLastGELU', 'has_known_size', 'has_modes', 'hold_format', 'interleave',
-    'is_everything_watched', 'is_pointwise', 'is_transformed', 'is_watched', 'pack_segments', 'separate_convs',
-    'take_segment', 'to_fast_format', 'to_square_format', 'unpack_segments',
+    'AxisConv2d', 'ChannelsLastGELU', 'count_dispatch_modes', 'has_known_size', 'has_modes', 'hold_format',
+    'interleave', 'is_everything_watched', 'is_pointwise', 'is_transformed', 'is_watched', 'pack_segments',
+    'separate_convs', 'take_segment', 'to_fast_format', 'to_square_format', 'unpack_segments',
 ]
 
 # torch has no public way to ask this; without the answer vmap fails where the memory format is asked for
 _transform_stack = getattr(torch._C._functorch, 'peek_interpreter_stack', lambda: None)
 _is_batched = getattr(torch._C._functorch, 'is_legacy_batchedtensor', lambda x: False)  # torch.autograd's own vmap
-_count_dispatch_modes = getattr(torch._C, '_len_torch_dispatch_stack', lambda: 0)  # make_fx, counters of operations
+count_dispatch_modes = getattr(torch._C, '_len_torch_dispatch_stack', lambda: 0)  # make_fx, counters of operations
 _function_modes = getattr(torch.overrides, '_get_current_function_mode_stack', lambda: [])
 
 
@@ -37,7 +37,7 @@ def is_transformed(x: torch.Tensor) -> bool:
 
 def has_modes() -> bool:
     """ Whether a mode of torch sees all operations, other than the one that stands for a default device."""
-    return _count_dispatch_modes() > 0 or any(not isinstance(mode, DeviceContext) for mode in _function_modes())
+    return count_dispatch_modes() > 0 or any(not isinstance(mode, DeviceContext) for mode in _function_modes())
 
 
 def is_everything_watched() -> bool:
