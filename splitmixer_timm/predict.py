@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import BinaryIO, Iterable, Iterator, List, Optional, Tuple, Union
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from timm import create_model
 from timm.data import create_transform, resolve_model_data_config
 
@@ -16,6 +16,10 @@ __all__ = ['IMAGE_SUFFIXES', 'Classifier', 'Prediction', 'classify', 'find_image
 
 IMAGE_SUFFIXES = ('.bmp', '.gif', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
 ImageSource = Union[Path, bytes]
+_UPRIGHT = {  # by EXIF's number for how an image lies
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90}
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,16 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return image
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """ The image turned as its EXIF data says.
+
+    `ImageOps.exif_transpose` also writes that data anew, and fails where a field has a value of the wrong kind.
+    """
+    image.load()  # some formats have it after the pixels
+    turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    return image if turn is None else image.transpose(turn)
+
+
 def load_image(source: ImageSource) -> Image.Image:
     """ RGB image from a path or from bytes, turned upright as its EXIF data says; 16 bits are made 8.
 
@@ -85,7 +99,7 @@ def load_image(source: ImageSource) -> Image.Image:
     """
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return _to_8_bits(ImageOps.exif_transpose(image)).convert('RGB')
+            return _to_8_bits(_upright(image)).convert('RGB')
     except UnidentifiedImageError as e:
         raise OSError('not a readable image') from e
     except OSError:

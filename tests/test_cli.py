@@ -3,6 +3,7 @@ import io
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import timm
 from conftest import BASELINES, SPLITMIXERS
-from PIL import Image
+from PIL import Image, ImageOps
 
 from splitmixer_timm import cli, manifest
 from splitmixer_timm.convmixer import ARCHITECTURES
@@ -208,14 +209,27 @@ class TestPredict:
         assert images[0] == {'image': 'nowhere.png', 'error': 'no such file'}
         assert images[1]['predictions'][0]['label'] == 'airplane'
 
-    def test_turned_photo(self, run, tmp_path):
-        """ A photo that its EXIF data says is turned is seen upright."""
-        upright = Image.open(EXAMPLE).convert('RGB')
+    @pytest.mark.parametrize('orientation', range(1, 9))
+    def test_turned_photo(self, orientation, tmp_path):
+        """ A photo that its EXIF data says is turned is seen upright, as by Pillow's own function."""
         exif = Image.Exif()
-        exif[0x0112] = 6
-        upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / 'turned.png', exif=exif)
-        upright.save(tmp_path / 'upright.png')
-        turned, expected = json.loads(run('predict', tmp_path, '--json')[1])['images']
+        exif[0x0112] = orientation
+        Image.open(EXAMPLE).convert('RGB').crop((0, 0, 20, 30)).save(tmp_path / 'turned.png', exif=exif)
+        with Image.open(tmp_path / 'turned.png') as turned:
+            expected = ImageOps.exif_transpose(turned)
+        image = load_image(tmp_path / 'turned.png')
+        assert (image.size, image.tobytes()) == (expected.size, expected.tobytes())
+
+    def test_turned_photo_with_a_wrong_field(self, run, tmp_path):
+        """ One whose EXIF data has a field that Pillow reads but cannot write, here text for a number."""
+        upright = Image.open(EXAMPLE).convert('RGB')
+        upright.save(tmp_path / 'a.png')
+        fields = struct.pack('<HHHL4sHHLL', 2, 0x0100, 2, 4, b'abc', 0x0112, 3, 1, 6)
+        upright.transpose(Image.Transpose.ROTATE_90).save(
+            tmp_path / 'b.png', exif=b'Exif\0\0II*\0' + struct.pack('<L', 8) + fields + bytes(4))
+        status, out, err = run('predict', tmp_path, '--json')
+        expected, turned = json.loads(out)['images']
+        assert (status, err) == (0, '')
         assert turned['predictions'] == expected['predictions']
 
     @pytest.mark.parametrize(('mode', 'suffix'), [('I;16', '.png'), ('I;16', '.tif'), ('I;16B', '.tif'), ('I', '.tif')])
