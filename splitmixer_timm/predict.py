@@ -49,20 +49,24 @@ def read_stdin(stream: BinaryIO) -> List[ImageSource]:
         ValueError: If it is neither.
     """
     data = stream.read()
+    is_damaged = False
     try:
         Image.open(io.BytesIO(data)).close()
         return [data]
     except UnidentifiedImageError:
         pass
-    except Exception:  # an image, if one that Pillow will not decode
-        return [data]
+    except Exception:  # an image that Pillow will not decode, or paths that begin as one does: BMW/1.jpg, BMW/2.jpg
+        is_damaged = True
     try:
         lines = [line for line in os.fsdecode(data).splitlines() if line.strip()]
     except UnicodeDecodeError:
         lines = []
     # names may be any bytes, but what is no text and names no file is something else
     is_text = data.decode('utf-8', 'ignore').encode() == data
-    if not lines or any('\0' in line for line in lines) or not (is_text or any(map(os.path.lexists, lines))):
+    has_names = b'\0' not in data and any(map(os.path.lexists, lines))
+    if is_damaged and not has_names:
+        return [data]
+    if not lines or b'\0' in data or not (is_text or has_names):
         raise ValueError('standard input must hold one image or the paths of images, one a line')
     return list(find_images(lines))
 

@@ -168,6 +168,15 @@ class TestPredict:
         assert status == 0
         assert out.splitlines()[::2] == [str(folder / 'a.png'), str(folder / 'below' / 'c.WEBP')]
 
+    def test_stdin_paths_that_begin_as_an_image(self, run, tmp_path, monkeypatch):
+        """ BM are a bitmap's first bytes, of which Pillow says that it is cut off."""
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / 'BMW').mkdir()
+        shutil.copy(EXAMPLE, 'BMW/photo_1.png')
+        status, out, err = run('predict', '-', '--topk', 1, stdin=b'BMW/photo_1.png\nBMW/photo_2.png\n')
+        assert (status, err) == (1, 'splitmixer-timm: BMW/photo_2.png: no such file\n')
+        assert out.startswith('BMW/photo_1.png\n')
+
     @pytest.mark.parametrize('data', [b'', b'\x00\xff\x00', b'\x89PNG broken \xff'])
     def test_stdin_neither(self, run, data):
         status, _, err = run('predict', '-', stdin=data)
