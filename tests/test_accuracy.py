@@ -136,14 +136,18 @@ class TestVerifyData:
         with pytest.raises(ValueError, match='name them by number'):
             evaluate(f'splitmixer_i_256_8_ks7_p7{tag}', tmp_path / 'flowers102' / 'validation')
 
-    @pytest.mark.parametrize('damage', ['no image', 'a part'])
+    @pytest.mark.parametrize('damage', ['no image', 'a part', 'a link to nothing'])
     def test_damaged_image(self, tmp_path, damage):
         """ timm would take the next one once more in place of it."""
         for name in manifest.label_names('cifar10'):
             (tmp_path / name).mkdir()
             Image.effect_noise((32, 32), 50).save(tmp_path / name / '0.png')
         file = tmp_path / 'cat' / '0.png'
-        file.write_bytes(b'none' if damage == 'no image' else file.read_bytes()[:400])
+        if damage == 'a link to nothing':
+            file.unlink()
+            file.symlink_to(tmp_path / 'nothing')
+        else:
+            file.write_bytes(b'none' if damage == 'no image' else file.read_bytes()[:400])
         for workers in (0, 1):
             with pytest.raises(RuntimeError) as error:
                 evaluate(NAME, tmp_path, workers=workers)
