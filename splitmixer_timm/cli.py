@@ -131,6 +131,8 @@ def _predict(args: argparse.Namespace) -> int:
     model_name = args.model
     if '' in args.images:
         raise CommandError("IMAGE must be a file, a folder or -, got ''")
+    if '-' in args.images and sys.stdin is None:
+        raise CommandError('standard input is closed')
     _check_device(args.device)
     if ':' not in model_name and (not is_model(model_name) or model_name.partition('.')[0] in ARCHITECTURES):
         _zoo_name(model_name)
@@ -148,7 +150,6 @@ def _predict(args: argparse.Namespace) -> int:
     except Exception as e:  # whatever a model from elsewhere has amiss (its config, its file, its place)
         raise CommandError(f'cannot load {model_name}: {one_line(e)}') from e
 
-    _escape_output()
     failures = 0
     answers: List[Dict[str, Any]] = []
     results = classify(classifier, sources, args.topk, args.batch_size)
@@ -330,7 +331,6 @@ def _card(args: argparse.Namespace) -> int:
             release = dataclasses.replace(release, license=args.license)
     except (ValueError, RuntimeError, OSError) as e:
         raise CommandError(str(e)) from e
-    _escape_output()
     # a run has a place to load it from once it is published
     name = Path(os.path.abspath(args.model)).name
     print(release.card(release.name or name, release.name or f'hf-hub:USER/{name}'), end='')
@@ -405,7 +405,6 @@ def _benchmark(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f'interrupted; what was measured is in {results.path}, the same command goes on', file=sys.stderr)
         raise
-    _escape_output()
     wanted = {settings.key(row)[1:] for settings in requests for row in rows}
     for group in benchmark_report.group(list(results.rows.values())):
         if not any(tuple(row[name] for name in benchmark.KEY[1:]) in wanted for row in group):
@@ -564,9 +563,11 @@ def main(argv: Optional[List[str]] = None) -> int:
         Exit status: 0 for success, 1 where a part of the work failed, 2 for a request that cannot be met.
     """
     args = _parser().parse_args(argv)
+    _escape_output()
     try:
         status = args.run(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # None where it was closed
+            sys.stdout.flush()
         return status
     except CommandError as e:
         print(f'splitmixer-timm: error: {e}', file=sys.stderr)

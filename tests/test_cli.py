@@ -73,6 +73,20 @@ class TestEntryPoints:
             assert process.stderr.read() == b''
         assert process.wait() == 1
 
+    @pytest.mark.parametrize(('args', 'status', 'words'), [
+        (['list'], 0, ''), (['predict', '-'], 2, 'splitmixer-timm: error: standard input is closed\n')])
+    def test_streams_that_are_closed(self, run, monkeypatch, args, status, words):
+        """ As `<&- >&-` leaves them: there are none."""
+        for name in ('stdin', 'stdout'):
+            monkeypatch.setattr(sys, name, None)
+        assert run(*args) == (status, '', words)
+
+    def test_output_in_ascii(self, run, tmp_path, monkeypatch):
+        """ As with PYTHONIOENCODING=ascii; what it lacks is escaped, in the name of a file that was written too."""
+        monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(io.BytesIO(), 'ascii', write_through=True))
+        assert run('recipe', 'cifar10', '--copy', tmp_path / 'é.yaml')[0] == 0
+        assert sys.stdout.buffer.getvalue().endswith(b'\\xe9.yaml\n')
+
     def test_version(self, run):
         status, out, _ = run('--version')
         assert status == 0
