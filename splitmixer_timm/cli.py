@@ -195,7 +195,9 @@ def _verify(args: argparse.Namespace) -> int:
         if path.name not in listed:
             failures += 1
             print(f'FAILED  {path.name}  not in the manifest')
-    if args.data is not None and not failures:
+    if args.data is not None and failures:
+        print('accuracy is not measured where files failed')
+    elif args.data is not None:
         failures = _verify_accuracy(args)
     return 1 if failures else 0
 

@@ -360,3 +360,7 @@ class TestVerify:
         assert status == 1
         assert f'FAILED  {NAME}  Weights of {NAME} refused' in out
         assert 'stray.safetensors  not in the manifest' in out
+        assert 'accuracy' not in out
+        status, out, _ = run('verify', '--data', tmp_path)
+        assert status == 1
+        assert out.endswith('accuracy is not measured where files failed\n')
