@@ -131,6 +131,8 @@ def _predict(args: argparse.Namespace) -> int:
     model_name = args.model
     if '' in args.images:
         raise CommandError("IMAGE must be a file, a folder or -, got ''")
+    if any('://' in image and not os.path.lexists(image) for image in args.images):
+        raise CommandError('IMAGE must be a file, a folder or -, not a URL')
     if '-' in args.images and sys.stdin is None:
         raise CommandError('standard input is closed')
     _check_device(args.device)

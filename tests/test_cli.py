@@ -319,6 +319,7 @@ class TestPredict:
         (['--device', 'cuda:99'], "error: --device: device 'cuda:99' asked for, but "),
         (['--device', 'meta'], 'failed on meta'),
         ([''], "IMAGE must be a file, a folder or -, got ''"),
+        (['https://user:secret@example.org/a.png'], 'error: IMAGE must be a file, a folder or -, not a URL'),
     ])
     def test_bad_requests(self, run, args, words):
         status, out, err = run('predict', EXAMPLE, *args)
