@@ -1,6 +1,8 @@
 """ A SplitMixer for inference on CUDA: Triton kernels, and a CUDA graph around them."""
 import threading
 from collections import OrderedDict
+from itertools import chain
+from operator import is_
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -21,11 +23,6 @@ __all__ = ['FusedSplitMixer', 'build']
 MAX_GRAPHS = 8
 
 _launching = threading.RLock()  # Triton's autotuner is not made for several threads
-
-
-def _address(value: Any) -> Optional[int]:
-    """ Where a tensor's values are, which `Module.to` changes without replacing a parameter."""
-    return value.data_ptr() if isinstance(value, torch.Tensor) else None
 
 
 def _stack(*rows: torch.Tensor) -> torch.Tensor:
@@ -126,7 +123,9 @@ class FusedSplitMixer(FusedModel):
     def _forget_graphs(self) -> None:
         self._graphs: OrderedDict = OrderedDict()
         self._known: set = set()
-        self._state: List[Tuple[Dict[str, Any], List[Tuple[str, Any, Optional[int]]]]] = []
+        self._members: List[Dict[str, Any]] = []  # of all modules: parameters, buffers and modules, by name
+        self._held: List[Any] = []  # what those were
+        self._addresses: List[Tuple[nn.Parameter, int]] = []  # which `Module.to` changes, and no parameter with it
         self._pool = None
         self._stream = None
         self._done = None
@@ -140,7 +139,8 @@ class FusedSplitMixer(FusedModel):
         return self
 
     def __getstate__(self) -> Dict[str, Any]:
-        graphs = ('_graphs', '_known', '_state', '_pool', '_stream', '_done', '_replaying')
+        graphs = (
+            '_graphs', '_known', '_members', '_held', '_addresses', '_pool', '_stream', '_done', '_replaying')
         return {name: value for name, value in super().__getstate__().items() if name not in graphs}
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
@@ -186,17 +186,20 @@ class FusedSplitMixer(FusedModel):
 
     def _check_state(self) -> None:
         """ Drop the graphs if a tensor or a module was replaced, or converted: they read the memory of the old one."""
-        if any(
-                len(members) != len(items)
-                or any(members.get(name) is not value or _address(value) != address for name, value, address in items)
-                for members, items in self._state):
+        # at each call, so without a loop in Python over all of them
+        is_same = sum(map(len, self._members)) == len(self._held) and all(
+            map(is_, chain.from_iterable(map(dict.values, self._members)), self._held))
+        if not is_same or any(param.data_ptr() != address for param, address in self._addresses):
             if self._done is not None:
                 self._done.synchronize()  # what still runs reads it
             self._graphs.clear()
-            self._state = []
-        self._state = self._state or [
-            (members, [(name, value, _address(value)) for name, value in members.items()]) for module in self.modules()
-            for members in (module._parameters, module._buffers, module._modules)]
+            self._members = []
+        if not self._members:
+            self._members = [
+                members for module in self.modules()
+                for members in (module._parameters, module._buffers, module._modules)]
+            self._held = [value for members in self._members for value in members.values()]
+            self._addresses = [(param, param.data_ptr()) for param in self.parameters()]
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor) -> torch.Tensor:
