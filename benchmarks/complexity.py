@@ -22,7 +22,7 @@ from tqdm import tqdm
 from splitmixer_timm import convmixer, splitmixer
 from splitmixer_timm.benchmark import RESULTS_DIR, Row, build_model
 from splitmixer_timm.complexity import measure_activation_bytes, measure_complexity
-from splitmixer_timm.manifest import replace_file
+from splitmixer_timm.files import replace_file
 from splitmixer_timm.paper import TABLE3
 
 PATH = RESULTS_DIR / 'complexity.csv'

@@ -29,6 +29,7 @@ from splitmixer_timm.benchmark import Results, Settings
 from splitmixer_timm.benchmark_report import markdown_table as table
 from splitmixer_timm.card import DATASETS, INTENDED_USE, LIMITS
 from splitmixer_timm.complexity import Complexity, measure_complexity
+from splitmixer_timm.files import replace_file
 from splitmixer_timm.paper import BASELINE, PEERS, TABLE3, TOP1, kind_of, top1
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,6 +50,12 @@ def throughput() -> Iterator[Tuple[str, List[Dict[str, str]]]]:
         if path.name != 'complexity.csv' and not path.name.endswith(('.roofline.csv', '.speed.csv')):
             for rows in reports.group(list(Results(path).rows.values())):
                 yield path.stem, rows
+
+
+def speed() -> Iterator[Dict[Tuple[str, ...], Dict[str, str]]]:
+    """ Rows of each results file of `speed.py`, by their key."""
+    for path in sorted(RESULTS_DIR.glob('*.speed.csv')):
+        yield SpeedResults(path).rows
 
 
 def million(text: str) -> str:
@@ -178,9 +185,9 @@ def roofline_table(rows: List[Dict[str, str]]) -> str:
 def forms_tables() -> str:
     """ Every device, every task of speed.py: images a second of the plain model, and how many times that the others."""
     parts = []
-    for path in sorted(RESULTS_DIR.glob('*.speed.csv')):
+    for results in speed():
         tasks: Dict[Tuple[str, ...], List[Dict[str, str]]] = {}
-        measured = list(SpeedResults(path).rows.values())
+        measured = list(results.values())
         for row in measured:
             key = ('mode', 'precision', 'batch_size', 'memory', 'threads')
             tasks.setdefault(tuple(row[name] for name in key), []).append(row)
@@ -200,9 +207,9 @@ def of_threads(threads: str, rows: List[Dict[str, str]]) -> str:
 def gains_tables() -> str:
     """ Every device: how many times the plain model's images a second, in inference with a batch."""
     parts = []
-    for path in sorted(RESULTS_DIR.glob('*.speed.csv')):
+    for results in speed():
         batches: Dict[Tuple[str, str], List[Dict[str, str]]] = {}
-        measured = list(SpeedResults(path).rows.values())
+        measured = list(results.values())
         for row in measured:
             if row['mode'] == 'infer' and row['batch_size'] != '1':
                 batches.setdefault((row['batch_size'], row['threads']), []).append(row)
@@ -240,8 +247,7 @@ def ranges_tables() -> str:
     """ Every device, single images and training: how many times the plain model's images a second SplitMixers have."""
     tables: Dict[str, Dict[str, Dict[str, List[float]]]] = {}
     sources = []
-    for path in sorted(RESULTS_DIR.glob('*.speed.csv')):
-        rows = SpeedResults(path).rows
+    for rows in speed():
         shown = []
         for key, row in rows.items():
             is_training = row['mode'] == 'train'
@@ -547,7 +553,7 @@ def main() -> int:
         if rendered != text:
             stale.append(document)
             if not args.check:
-                manifest.replace_file(path, rendered.encode())
+                replace_file(path, rendered.encode())
     pictures = [(accuracies(), RESULTS_DIR / 'accuracy.png', draw_accuracies)]
     pictures += [
         (rows, RESULTS_DIR / reports.picture_name(name, rows), reports.draw)

@@ -38,8 +38,8 @@ from torch._dynamo import config as dynamo_config
 from tqdm import tqdm
 
 from . import __version__
+from .files import replace_file
 from .machine import check_device, device_name
-from .manifest import replace_file
 from .paper import TABLE3
 
 try:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional, Sequence,
 from PIL import Image
 
 from .benchmark import SETTING, VERSIONS, Row, Settings
-from .manifest import entries, replace_file
+from .files import replace_file
+from .manifest import entries
 from .paper import BASELINE, TABLE3, TOP1, kind_of
 
 if TYPE_CHECKING:

@@ -253,7 +253,7 @@ def _verify_accuracy(args: argparse.Namespace) -> int:
 
 def _release(args: argparse.Namespace):
     """ What to publish: a model of the zoo by name, a run of train.py, or a local folder of timm's."""
-    from . import hub
+    from .release import CONFIG, folder_release, run_release, zoo_release
 
     path = Path(args.model)
     try:
@@ -262,20 +262,21 @@ def _release(args: argparse.Namespace):
         reason = getattr(e, 'strerror', None) or e
         raise CommandError(f'--label-names: {args.label_names} cannot be read: {reason}') from e
     if args.model not in manifest.entries() and path.exists():
-        if (path / hub.CONFIG).is_file():
-            return hub.folder_release(path, args.dataset, labels)
-        return hub.run_release(path, args.dataset, labels)
+        if (path / CONFIG).is_file():
+            return folder_release(path, args.dataset, labels)
+        return run_release(path, args.dataset, labels)
     if args.dataset or args.label_names:
         raise CommandError('--dataset and --label-names are for a run or a folder; a model of the zoo has its own')
     if len(path.parts) > 1:
         raise CommandError(f'no such file or folder: {path}')
-    return hub.zoo_release(_zoo_name(args.model))
+    return zoo_release(_zoo_name(args.model))
 
 
 def _push(args: argparse.Namespace) -> int:
     from huggingface_hub.utils import validate_repo_id
 
     from . import hub
+    from .release import zoo_release
 
     if args.all != (args.model is None) or args.all != (args.org is not None):
         raise CommandError('give MODEL and REPO_ID, or --all and --org')
@@ -285,7 +286,7 @@ def _push(args: argparse.Namespace) -> int:
         if args.all and getattr(args, option) is not None:
             raise CommandError(f'--{option.replace("_", "-")} is for one model, not for --all')
     try:
-        jobs = [(f'{args.org}/{name}', hub.zoo_release(name)) for name in sorted(manifest.entries())] \
+        jobs = [(f'{args.org}/{name}', zoo_release(name)) for name in sorted(manifest.entries())] \
             if args.all else [(args.repo_id, _release(args))]
         if args.license is not None:
             jobs = [(repo_id, dataclasses.replace(release, license=args.license)) for repo_id, release in jobs]

@@ -6,13 +6,14 @@ and an editable install read the top-level `weights/` folder instead.
 import hashlib
 import json
 import re
-import tempfile
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, ContextManager, Dict, Iterator, Optional, Sequence, Tuple, Union
 
 from huggingface_hub.utils import WeakFileLock
+
+from .files import replace_file
 
 _PACKAGE_DIR = Path(__file__).resolve().parent
 _PUBLISHED = ('hf_hub_id', 'revision', 'url')  # of an entry: where its weights can be downloaded
@@ -170,22 +171,6 @@ def _write(files: Dict[Path, Optional[bytes]]) -> None:
             path.unlink(missing_ok=True)
         else:
             replace_file(path, content)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """ Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp', delete=False) as f:
-        temporary = Path(f.name)
-        try:
-            f.write(content)
-            f.close()
-            temporary.chmod(0o644)
-            temporary.replace(path)
-        except BaseException:
-            f.close()
-            temporary.unlink()
-            raise
 
 
 def bundled_file(name: str) -> Optional[Path]:

@@ -57,6 +57,7 @@ from .add_run import (
     weights_content,
 )
 from .cli import positive
+from .files import replace_file
 from .held_out import SPLITS, HeldOutResults, describe, hold_out
 from .image_folders import SOURCES
 from .machine import device_name, has_bfloat16
@@ -355,7 +356,7 @@ def note_machine(folder: Path, **part: Any) -> None:
     """ Keep in a run's folder what this part is made on (machine, runs, torch, timm, precision), for `add_run`."""
     parts = read_made_on(folder)
     if part not in parts:
-        manifest.replace_file(folder / MADE_ON, yaml.safe_dump([*parts, part]).encode())
+        replace_file(folder / MADE_ON, yaml.safe_dump([*parts, part]).encode())
 
 
 def note_seconds(folder: Path, began: float) -> None:
@@ -370,7 +371,7 @@ def note_seconds(folder: Path, began: float) -> None:
         line = f'{saved - began:.0f} {datetime.date.fromtimestamp(saved).isoformat()}\n'
         file = folder / SEEN
         if saved > began and not (file.is_file() and file.read_text() == line):
-            manifest.replace_file(file, line.encode())
+            replace_file(file, line.encode())
 
 
 def start(run: Run, scripts: Path, machine: str, runs: int) -> subprocess.Popen:
@@ -400,7 +401,7 @@ def start(run: Run, scripts: Path, machine: str, runs: int) -> subprocess.Popen:
             # train.py writes args.yaml anew, and with it the time that this part began; cut off before, it adds none
             args = run.folder / 'args.yaml'
             if not (run.folder / FIRST_ARGS).is_file():
-                manifest.replace_file(run.folder / FIRST_ARGS, args.read_bytes())
+                replace_file(run.folder / FIRST_ARGS, args.read_bytes())
             finished, seconds = checkpoint.stat().st_mtime, latest_part(run.folder)[0]
             (run.folder / SEEN).unlink(missing_ok=True)
             with open(run.folder / ELAPSED, 'a', encoding='utf-8') as f:
@@ -415,7 +416,7 @@ def start(run: Run, scripts: Path, machine: str, runs: int) -> subprocess.Popen:
         note_machine(
             run.folder, machine=machine, runs=runs, torch=str(torch.__version__), timm=timm_version(scripts),
             precision=precision(config))
-        manifest.replace_file(run.folder / 'config.yaml', yaml.safe_dump(config).encode())
+        replace_file(run.folder / 'config.yaml', yaml.safe_dump(config).encode())
         with open(run.folder / 'train.log', 'ab') as log:
             allocator = KEEP_MEMORY if config['device'].startswith('cpu') else {}
             return subprocess.Popen(

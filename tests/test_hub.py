@@ -33,6 +33,7 @@ from splitmixer_timm import HubError, card, cli, hub, manifest, pull_from_hub, p
 from splitmixer_timm.hub_errors import explained, one_line
 from splitmixer_timm.predict import Classifier
 from splitmixer_timm.pretrained import check_download
+from splitmixer_timm.release import CONFIG, Release, describe, folder_release, run_release, zoo_release
 
 NAME = 'splitmixer_ii_256_8.cifar10'
 ZOO = 'splitmixer_i_256_8.cifar10'
@@ -254,7 +255,7 @@ class TestContents:
         dict(act_layer='relu'), dict(channel_residual=True), dict(global_pool='max')], ids=str)
     def test_what_computes_otherwise_is_not_the_zoos(self, kwargs, caplog):
         """ Arguments that have no weights change what a model gives, and its accuracy."""
-        release = hub._describe(timm.create_model(ZOO, pretrained=True, **kwargs))
+        release = describe(timm.create_model(ZOO, pretrained=True, **kwargs))
         assert (release.name, release.metrics) == (None, {})
         assert f'the weights are those of {ZOO}, the arguments are not' in caplog.text
 
@@ -266,11 +267,11 @@ class TestContents:
         model.blocks[0].eval()
         model.head.register_forward_hook(lambda module, args, logits: None)
         modes = [module.training for module in model.modules()]
-        assert hub._describe(model).name == ZOO
+        assert describe(model).name == ZOO
         assert [module.training for module in model.modules()] == modes
-        for name, content in hub.Release(model).files(REPO).items():
+        for name, content in Release(model).files(REPO).items():
             (tmp_path / name).write_bytes(content)
-        assert hub.folder_release(tmp_path).name == ZOO
+        assert folder_release(tmp_path).name == ZOO
 
     @pytest.mark.parametrize('name', ['splitmixer_i_256_8', 'convmixer_256_8'])
     def test_frozen_norms(self, name, tmp_path):
@@ -278,7 +279,7 @@ class TestContents:
         model = timm.create_model(name, pretrained=True, num_classes=3)
         timm.utils.freeze(model, ['stem', 'blocks.0'])
         frozen = set(model.state_dict())
-        for file, content in hub.Release(model).files(REPO).items():
+        for file, content in Release(model).files(REPO).items():
             (tmp_path / file).write_bytes(content)
         assert set(model.state_dict()) == frozen
         images = torch.randn(2, 3, 32, 32)
@@ -286,30 +287,30 @@ class TestContents:
         assert set(same.state_dict()) > frozen
         zoo = timm.create_model(ZOO, pretrained=True)
         timm.utils.freeze(zoo)
-        assert hub._describe(zoo).name == ZOO
+        assert describe(zoo).name == ZOO
         torch.testing.assert_close(same.eval()(images), model.eval()(images))
 
     def test_zoo_with_other_preprocessing_was_not_measured(self):
         model = timm.create_model(ZOO, pretrained=True)
-        measured = hub._describe(model)
+        measured = describe(model)
         assert measured.metrics['top1'] == manifest.entries()[ZOO]['metrics']['top1']
         same = timm.data.resolve_model_data_config(model)
         alike = {**same, 'mean': list(same['mean']), 'crop_pct': 1}
-        assert hub._describe(model, data_config=alike).metrics == measured.metrics
+        assert describe(model, data_config=alike).metrics == measured.metrics
         other = dict(mean=(0., 0., 0.))
-        assert hub._describe(model, data_config=other).metrics == {}
-        assert hub._describe(model, data_config=other, metrics=dict(top1=80.)).metrics == dict(top1=80.)
+        assert describe(model, data_config=other).metrics == {}
+        assert describe(model, data_config=other, metrics=dict(top1=80.)).metrics == dict(top1=80.)
 
     def test_zoo_on_another_data_set_was_not_measured(self):
         """ The Hub's id of its own is no other."""
         model = timm.create_model(ZOO, pretrained=True)
-        text = hub._describe(model).card('a', 'b')
-        assert hub._describe(model, dataset='uoft-cs/cifar10').card('a', 'b') == text
+        text = describe(model).card('a', 'b')
+        assert describe(model, dataset='uoft-cs/cifar10').card('a', 'b') == text
         for dataset in ('alice/insects', 'cifar100'):
-            text = hub._describe(model, dataset=dataset).card('a', 'b')
+            text = describe(model, dataset=dataset).card('a', 'b')
             assert 'model-index' not in text
             assert 'Not measured.' in text
-            text = hub._describe(model, dataset=dataset, metrics=dict(top1=12.25)).card('a', 'b')
+            text = describe(model, dataset=dataset, metrics=dict(top1=12.25)).card('a', 'b')
             assert '12.25' in text
             assert "The paper's top-1" not in text
 
@@ -371,10 +372,10 @@ class TestContents:
 
 class TestCardOfAModel:
     def test_what_differs_from_the_registered(self):
-        text = hub.Release(create(act_layer=nn.ReLU, overlap_ratio='6/11', name='splitmixer_i_256_8')).card('a', 'a')
+        text = Release(create(act_layer=nn.ReLU, overlap_ratio='6/11', name='splitmixer_i_256_8')).card('a', 'a')
         changes = '`dim=16`, `depth=2`, `overlap_ratio=6/11`, `act_layer=relu`'
         assert f'- Architecture: `splitmixer_i_256_8`, but with {changes}\n' in text
-        text = hub.zoo_release(ZOO).card('a', 'a')
+        text = zoo_release(ZOO).card('a', 'a')
         assert '- Architecture: `splitmixer_i_256_8`\n' in text
 
     @pytest.mark.parametrize(('name', 'said'), [
@@ -385,18 +386,18 @@ class TestCardOfAModel:
         ('convmixer_256_8_ks7_p7.flowers102', '- Note: training images were resized to 230 x 230 beforehand; the log'),
     ])
     def test_what_a_figure_depends_on(self, name, said):
-        assert said in hub.zoo_release(name).card(name, name)
+        assert said in zoo_release(name).card(name, name)
 
     def test_split(self, monkeypatch):
         """ The official test set is named where it is what was measured."""
-        assert hub.zoo_release(ZOO).metrics['split'] == 'test'
-        monkeypatch.setitem(hub.DATASETS, 'cifar10', dataclasses.replace(hub.DATASETS['cifar10'], test=9_999))
-        assert 'split' not in hub.zoo_release(ZOO).metrics
+        assert zoo_release(ZOO).metrics['split'] == 'test'
+        monkeypatch.setitem(card.DATASETS, 'cifar10', dataclasses.replace(card.DATASETS['cifar10'], test=9_999))
+        assert 'split' not in zoo_release(ZOO).metrics
 
     def test_example(self):
         """ It tells the class by name where names are known."""
-        assert "pretrained_cfg['label_names']" in hub.zoo_release(ZOO).card(ZOO, ZOO)
-        text = hub.Release(create()).card('a', 'a')
+        assert "pretrained_cfg['label_names']" in zoo_release(ZOO).card(ZOO, ZOO)
+        text = Release(create()).card('a', 'a')
         assert "pretrained_cfg['label_names']" not in text
         assert 'print(probabilities.topk(5))' in text
 
@@ -404,9 +405,9 @@ class TestCardOfAModel:
         """ ImageNet's classes are told by what their names stand for, wherever the model comes from."""
         names = manifest.label_names('in1k')
         model = timm.create_model('splitmixer_ii_768_32', depth=1, dim=8)
-        for name, content in hub.Release(model, label_names=names).files(REPO).items():
+        for name, content in Release(model, label_names=names).files(REPO).items():
             (tmp_path / name).write_bytes(content)
-        release = hub.folder_release(tmp_path)
+        release = folder_release(tmp_path)
         config = json.loads(release.config())
         assert config['label_descriptions'][config['label_names'][0]] == 'tench, Tinca tinca'
         assert "print(model.pretrained_cfg['label_descriptions'][model.pretrained_cfg['label_names']" in \
@@ -416,10 +417,10 @@ class TestCardOfAModel:
 
     def test_metrics_without_a_data_set(self, caplog):
         """ The Hub takes none of those."""
-        hub.Release(create(), metrics=dict(top1=90), dataset='cifar10').card('a', 'a')
-        hub._describe(timm.create_model(ZOO, pretrained=True), metrics=dict(top1=90.)).card('a', 'a')
+        Release(create(), metrics=dict(top1=90), dataset='cifar10').card('a', 'a')
+        describe(timm.create_model(ZOO, pretrained=True), metrics=dict(top1=90.)).card('a', 'a')
         assert not caplog.text
-        hub.Release(create(), metrics=dict(top1=90)).card('a', 'a')
+        Release(create(), metrics=dict(top1=90)).card('a', 'a')
         assert 'no data set is given: the Hub will not list the metrics' in caplog.text
 
 
@@ -588,7 +589,7 @@ class TestErrors:
         assert 'token' in told(error)
 
     def test_gated(self, server):
-        server.create_repo(REPO, gated=True).commit(hub.Release(create()).files(REPO), 'First')
+        server.create_repo(REPO, gated=True).commit(Release(create()).files(REPO), 'First')
         with pytest.raises(HubError) as error:
             pull_from_hub(REPO, token='hf_bob_secret')
         assert 'gated' in told(error)
@@ -893,7 +894,7 @@ class TestErrors:
 
         def meanwhile(repo_id, filename, **kwargs):
             path = download(repo_id, filename, **kwargs)
-            if filename == hub.CONFIG:
+            if filename == CONFIG:
                 push_to_hub(create(), REPO, token=TOKEN)
             return path
 
@@ -906,7 +907,7 @@ class TestUnusable:
     def repo(self, server):
         """ Publish files of a model with changes; None takes a file away."""
         def publish(**changes):
-            contents = hub.Release(create()).files(REPO)
+            contents = Release(create()).files(REPO)
             changed = {**contents, **{k.replace('_', '.'): v for k, v in changes.items()}}
             repo = server.create_repo(REPO)
             repo.commit({k: v for k, v in changed.items() if v is not None}, 'First')
@@ -1256,7 +1257,7 @@ class TestCommandLine:
         told = {}
         for epoch in range(3):
             torch.save({'epoch': epoch, 'state_dict': model.state_dict()}, folder / 'model_best.pth.tar')
-            told[epoch] = hub.run_release(folder / 'model_best.pth.tar').metrics['measured_by'].partition(', ')[2]
+            told[epoch] = run_release(folder / 'model_best.pth.tar').metrics['measured_by'].partition(', ')[2]
         assert told == {
             0: 'after epoch 1 of a run of 3', 1: 'after epoch 2 of a run of 3, the best of 3 measured so',
             2: 'after epoch 3'}
@@ -1354,15 +1355,15 @@ class TestCommandLine:
         """ What was written within an epoch was not measured, unlike the weights at its end."""
         folder, _ = run_dir
         (folder / 'recovery-1-7.pth.tar').write_bytes((folder / 'last.pth.tar').read_bytes())
-        release = hub.run_release(folder / 'recovery-1-7.pth.tar')
+        release = run_release(folder / 'recovery-1-7.pth.tar')
         assert (release.metrics, release.training['epochs']) == ({}, None)
-        assert hub.run_release(folder).metrics['top1'] == 70.5
+        assert run_release(folder).metrics['top1'] == 70.5
 
     def test_more_classes_than_the_data_set_has(self, run_dir, caplog):
         folder, _ = run_dir
         args = yaml.safe_load((folder / 'args.yaml').read_text())
         (folder / 'args.yaml').write_text(yaml.safe_dump({**args, 'dataset': 'torch/cifar100'}))
-        assert hub.run_release(folder).label_names is None
+        assert run_release(folder).label_names is None
         assert 'names of its classes are not at hand' in caplog.text
 
     def test_ema_that_was_not_measured(self, run_dir):
@@ -1372,24 +1373,24 @@ class TestCommandLine:
         for force_cpu in (False, True):
             args.update(model_ema=True, model_ema_force_cpu=force_cpu)
             (folder / 'args.yaml').write_text(yaml.safe_dump(args))
-            assert bool(hub.run_release(folder).metrics) != force_cpu
+            assert bool(run_release(folder).metrics) != force_cpu
 
     def test_ema_is_published(self, run_dir):
         folder, model = run_dir
         ema = create(num_classes=10)
         torch.save(
             {'epoch': 1, 'state_dict': model.state_dict(), 'state_dict_ema': ema.state_dict()}, folder / 'last.pth.tar')
-        assert torch.equal(hub.run_release(folder).model.head.weight, ema.head.weight)
+        assert torch.equal(run_release(folder).model.head.weight, ema.head.weight)
 
     def test_pooling_of_the_run(self, run_dir):
         folder, _ = run_dir
         args = yaml.safe_load((folder / 'args.yaml').read_text())
         (folder / 'args.yaml').write_text(yaml.safe_dump({**args, 'gp': 'max'}))
-        assert hub.run_release(folder).model.global_pool.pool_type == 'max'
+        assert run_release(folder).model.global_pool.pool_type == 'max'
 
     def test_damaged_summary(self, run_dir):
         (run_dir[0] / 'summary.csv').write_text('# notes\n1,2\n')
-        assert hub.run_release(run_dir[0]).metrics == {}
+        assert run_release(run_dir[0]).metrics == {}
 
     def test_log_of_a_run_that_was_there_before(self, run_dir):
         """ train.py appends to it; the best of the other run is not this one's."""
@@ -1397,7 +1398,7 @@ class TestCommandLine:
         log = (folder / 'summary.csv').read_text()
         header = log.splitlines(keepends=True)[0]
         (folder / 'summary.csv').write_text(header + ''.join(f'{n},9,9,99,99\n' for n in range(5)) + log)
-        release = hub.run_release(folder)
+        release = run_release(folder)
         assert release.metrics['measured_by'] == "timm's train.py on its validation split, after epoch 2"
         assert release.extra['summary.csv'].decode() == log
 
@@ -1534,13 +1535,13 @@ class TestCard:
         assert yaml.safe_load(files(server)['README.md'].decode().split('---')[1])['license'] == 'mit'
 
     def test_any_dataset(self):
-        release = hub.Release(create(), dict(top1=12.5), 'my letters')
+        release = Release(create(), dict(top1=12.5), 'my letters')
         metadata = yaml.safe_load(release.card('a', 'b').split('---')[1])
         assert 'datasets' not in metadata
         assert metadata['model-index'][0]['results'][0]['dataset']['name'] == 'my letters'
 
     def test_merge_is_stable(self):
-        one = hub.Release(create()).card('a', 'b')
+        one = Release(create()).card('a', 'b')
         assert card.merge_cards(one, one) == one
         assert card.merge_cards(one.replace('\n', '\r\n'), one) == one
         assert card.merge_cards('', one) == one
@@ -1548,7 +1549,7 @@ class TestCard:
     @pytest.mark.parametrize('head', [
         '---\nlanguage: en\n---', '\n---\nlanguage: en\n---\n', '---\r\nlanguage: en\r\n---\r\n\r\n'])
     def test_front_matter(self, head):
-        merged = card.merge_cards(head, hub.Release(create()).card('a', 'b'))
+        merged = card.merge_cards(head, Release(create()).card('a', 'b'))
         assert yaml.safe_load(merged.split('---')[1])['language'] == 'en'
         assert merged.count('---\n') == 2
         assert card.merge_cards('---\n---\n# Mine\n', merged).endswith('\n# Mine\n')
@@ -1557,14 +1558,14 @@ class TestCard:
         'language: no\n', 'date: 2024-13-45\n', 'foo: 0123\ntime: 12:30:45\nversion: 1.10\nx: yes\n',
         'inference: false\nwidget:\n- src: a.png\n  text: |\n    a\n\n    b\n'])
     def test_metadata_of_others_is_kept_letter_by_letter(self, lines):
-        new = hub.Release(create()).card('a', 'b')
+        new = Release(create()).card('a', 'b')
         merged = card.merge_cards(f'---\nlicense: mit\n{lines}---\n', new)
         assert f'\n{lines}---\n' in merged
         assert card.merge_cards(merged, new) == merged
 
     @pytest.mark.parametrize('metadata', ['license: mit\n', '{license: mit}\n', '', 'a: 1  # one\n'])
     def test_comments_before_the_first_key_are_kept(self, metadata):
-        new = hub.Release(create()).card('a', 'b')
+        new = Release(create()).card('a', 'b')
         merged = card.merge_cards(f'---\n\n# For the docs see\n\n  # the Hub\n{metadata}---\n', new)
         assert merged.startswith('---\n# For the docs see\n\n  # the Hub\nlibrary_name: timm\n')
         assert card.merge_cards(merged, new) == merged
@@ -1572,7 +1573,7 @@ class TestCard:
     @pytest.mark.parametrize('metadata', [
         '{a: 1, b: [x, y]}', '  a: 1\n  b: [x, y]', 'license: &x mit\na: 1\nb: [x, y]\nc: *x'])
     def test_metadata_that_shares_lines(self, metadata):
-        new = hub.Release(create()).card('a', 'b')
+        new = Release(create()).card('a', 'b')
         merged = card.merge_cards(f'---\n{metadata}\n---\n', new)
         read = yaml.safe_load(merged.split('---')[1])
         assert (read['a'], read['b']) == (1, ['x', 'y'])
@@ -1581,44 +1582,44 @@ class TestCard:
     @pytest.mark.parametrize(('tags', 'expected'), [
         ('mine', ['mine']), ('[mine, timm]', ['mine']), ('[{a: b}]', [{'a': 'b'}]), ('null', []), ('', [])])
     def test_tags_of_others(self, tags, expected):
-        merged = card.merge_cards(f'---\ntags: {tags}\n---\n', hub.Release(create()).card('a', 'b'))
+        merged = card.merge_cards(f'---\ntags: {tags}\n---\n', Release(create()).card('a', 'b'))
         assert yaml.safe_load(merged.split('---')[1])['tags'] == ['timm', 'splitmixer', *expected]
 
     @pytest.mark.parametrize('value', ['null', '~', ''])
     def test_licence_without_a_value(self, value):
-        new = hub.Release(create()).card('a', 'b')
+        new = Release(create()).card('a', 'b')
         assert card.merge_cards(f'---\nlicense: {value}\n---\n', new) == new
 
     def test_heading_by_hand(self):
         """ As timm's is, but in a card that is not timm's."""
-        merged = card.merge_cards('# Model card for my cat\n', hub.Release(create()).card('a', 'b'))
+        merged = card.merge_cards('# Model card for my cat\n', Release(create()).card('a', 'b'))
         assert merged.endswith('\n# Model card for my cat\n')
-        one = hub.Release(create()).card('a', 'b')
+        one = Release(create()).card('a', 'b')
         headed = one.replace(card.BEGIN, f'# Model card for my cat\n\n{card.BEGIN}')
         assert card.merge_cards(headed, one) == headed
 
     def test_sections_in_the_generated_part(self):
         """ What somebody wrote between its marks goes below them."""
-        one = hub.Release(create(), dataset='cifar10').card('a', 'b')
+        one = Release(create(), dataset='cifar10').card('a', 'b')
         edited = one.replace('## Citation', '## My notes\n\nTo my cat.\n\n## Citation')
-        merged = card.merge_cards(edited, hub.Release(create()).card('a', 'b'))
+        merged = card.merge_cards(edited, Release(create()).card('a', 'b'))
         assert merged.endswith(f'{card.END}\n\n## My notes\n\nTo my cat.\n')
         assert '## Data' not in merged
         assert card.merge_cards(merged, one).count('To my cat.') == 1
 
     def test_every_section_is_known(self):
-        text = hub.zoo_release(ZOO).card('a', 'b')
+        text = zoo_release(ZOO).card('a', 'b')
         assert tuple(re.findall('^## (.*)', text, re.MULTILINE)) == card.SECTIONS
 
     def test_card_that_timm_made(self):
         for given in ({}, dict(tags=['image-classification', 'timm'])):
             old = timm.models._hub.generate_readme(given, 'alice/model')
-            merged = card.merge_cards(old, hub.Release(create()).card('a', 'b'))
+            merged = card.merge_cards(old, Release(create()).card('a', 'b'))
             assert 'transformers' not in merged
             assert '# Model card for' not in merged
 
     def test_seeds(self):
-        text = hub.Release(create(), dict(top1=90., seeds={'1': 90., '2': 91.})).card('a', 'b')
+        text = Release(create(), dict(top1=90., seeds={'1': 90., '2': 91.})).card('a', 'b')
         assert 'Over 2 runs that differ in the seed: top-1 90.50 +- 0.71' in text
 
     def test_run(self, run_dir, capsys):
@@ -1639,7 +1640,7 @@ class TestCard:
     @pytest.mark.parametrize('line', ['datasets: [alice/insects]\n', 'model-index: []\n'])
     def test_metadata_of_a_push_is_the_last_ones(self, line):
         """ Else it could be that of earlier weights; README tells so."""
-        one = hub.Release(create()).card('a', 'b')
+        one = Release(create()).card('a', 'b')
         assert card.merge_cards(one.replace('tags:\n', f'{line}tags:\n'), one) == one
 
     def test_output_that_takes_no_such_letters(self, run_dir, monkeypatch):
@@ -1650,9 +1651,9 @@ class TestCard:
     @pytest.mark.parametrize('metadata', ['a: [', '- a', 'text', '{a: 2024-13-45}'])
     def test_broken_metadata(self, metadata):
         with pytest.raises(ValueError, match='README.md has metadata that cannot be read'):
-            card.merge_cards(f'---\n{metadata}\n---\n# By hand\n', hub.Release(create()).card('a', 'b'))
+            card.merge_cards(f'---\n{metadata}\n---\n# By hand\n', Release(create()).card('a', 'b'))
 
 
 def test_save_is_deterministic():
     model = create()
-    assert len({hub.Release(model).weights() for _ in range(5)}) == 1
+    assert len({Release(model).weights() for _ in range(5)}) == 1

@@ -662,7 +662,7 @@ def test_hours_where_it_cannot_go_on(zoo, monkeypatch):
         raise OSError(28, 'No space left on device')
 
     with monkeypatch.context() as context:
-        context.setattr(manifest, 'replace_file', full)
+        context.setattr(train_zoo, 'replace_file', full)
         for _ in range(3):
             with pytest.raises(OSError, match='No space left'):
                 train_zoo.start(run, zoo.path / 'scripts', 'Great GPU', 1)

@@ -22,6 +22,7 @@ from timm.models import get_pretrained_cfg
 
 from splitmixer_timm import manifest, pretrained, splitmixer
 from splitmixer_timm.card import DATASETS
+from splitmixer_timm.files import replace_file
 
 NAME = 'splitmixer_i_256_8.cifar10'
 ENTRIES = sorted(manifest.entries())
@@ -367,9 +368,9 @@ class TestLocalDirAndStateDict:
 
 def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
     path = tmp_path / 'file'
-    manifest.replace_file(path, b'old')
+    replace_file(path, b'old')
     with pytest.raises(TypeError):
-        manifest.replace_file(path, 'no bytes')
+        replace_file(path, 'no bytes')
     with monkeypatch.context() as patch:
         def read_only(*args):
             raise OSError('read-only')
@@ -377,10 +378,10 @@ def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
         for module, name in ((os, 'replace'), (os, 'rename'), (type(path), 'replace'), (type(path), 'rename')):
             patch.setattr(module, name, read_only)
         with pytest.raises(OSError, match='read-only'):
-            manifest.replace_file(path, b'new')
+            replace_file(path, b'new')
     assert [p.name for p in tmp_path.iterdir()] == ['file']
     assert path.read_bytes() == b'old'
-    manifest.replace_file(path, b'new')
+    replace_file(path, b'new')
     assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b'new', 0o644)
 
 
