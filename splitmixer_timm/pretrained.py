@@ -129,6 +129,10 @@ def checked_overlay(
         overlay['file'] = path
     elif cfg.url:
         return overlay  # the caller's
+    elif not cfg.tag or manifest.source_cfg(name):  # the registry's cfgs have both
+        raise RuntimeError(
+            f'The pretrained cfg given for {variant} does not say where its weights are: it must have one of '
+            f'{", ".join(_SOURCES)}. A tag in its place stands for weights of the zoo.')
     elif known:
         raise RuntimeError(
             f'The weights of {name} should be at {manifest.WEIGHTS_DIR / manifest.entries()[name]["file"]} and are '

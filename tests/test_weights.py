@@ -215,6 +215,12 @@ class TestDamaged:
         with pytest.raises(RuntimeError, match=f'weights of {NAME} should be at {zoo.path} and are not: reinstall'):
             zoo.create()
 
+    @pytest.mark.parametrize('cfg', [get_pretrained_cfg(NAME).to_dict(remove_source=True), dict(num_classes=10)])
+    def test_no_place_in_a_cfg(self, cfg):
+        """ Which is not that the file is missing, or that the model has no weights."""
+        with pytest.raises(RuntimeError, match='given for splitmixer_i_256_8 does not say where .* file, url,'):
+            timm.create_model('splitmixer_i_256_8', pretrained=True, pretrained_cfg=cfg)
+
     @pytest.mark.parametrize('name', [NAME, 'splitmixer_i_256_8'])
     def test_weights_file(self, name):
         """ Of the default tag where none is given."""
