@@ -883,6 +883,14 @@ class TestBadInput:
             model.stem = stem
             assert model(torch.randn(1, 12 if isinstance(stem, nn.Sequential) else 4, 8, 8)).shape == (1, 1000)
 
+    def test_replaced_stem_in_script(self):
+        model = SplitMixer(12, 1)
+        model.stem[0] = nn.Conv2d(4, 12, 2, 2)
+        scripted = torch.jit.script(model)
+        assert scripted(torch.randn(1, 4, 8, 8)).shape == (1, 1000)
+        with pytest.raises(RuntimeError, match='4 channels, but got 3'):
+            scripted(torch.randn(1, 3, 8, 8))
+
     def test_wrong_channel_count(self):
         with pytest.raises(AssertionError, match='in_chans=3 channels, got 1'):
             SplitMixer(12, 1)(torch.randn(1, 1, 8, 8))
