@@ -14,8 +14,8 @@ from torch.utils._device import DeviceContext
 
 __all__ = [
     'AxisConv2d', 'ChannelsLastGELU', 'count_dispatch_modes', 'has_known_size', 'has_modes', 'hold_format',
-    'interleave', 'is_everything_watched', 'is_pointwise', 'is_transformed', 'is_watched', 'pack_segments',
-    'separate_convs', 'take_segment', 'to_fast_format', 'to_square_format', 'unpack_segments',
+    'interleave', 'is_everything_watched', 'is_pointwise', 'is_symbolic', 'is_transformed', 'is_watched',
+    'pack_segments', 'separate_convs', 'take_segment', 'to_fast_format', 'to_square_format', 'unpack_segments',
 ]
 
 # torch has no public way to ask this; without the answer vmap fails where the memory format is asked for
@@ -33,6 +33,13 @@ def is_transformed(x: torch.Tensor) -> bool:
         return False
     in_forward_mode = getattr(torch.autograd.forward_ad, '_current_level', -1) >= 0
     return in_forward_mode or _transform_stack() is not None or _is_batched(x)
+
+
+def is_symbolic(x: torch.Tensor) -> bool:
+    """ Whether torch.fx traces: a graph of training should have the nodes of one of inference."""
+    if not torch.jit.is_scripting():
+        return isinstance(x, torch.fx.Proxy)
+    return False
 
 
 def has_modes() -> bool:
@@ -234,6 +241,6 @@ class AxisConv2d(nn.Conv2d):
             and self.dilation == (1, 1) and self.groups == self.in_channels == self.out_channels)
         if not is_as_made:
             return self._conv_forward(x, self.weight, self.bias)
-        if self.training and self.kernel_size[0] == 1:
+        if self.training and self.kernel_size[0] == 1 and not is_symbolic(x):
             return _row_conv(x, self.weight, self.bias)
         return self._conv_forward(x, _axis_weight(x, self.weight), self.bias)

@@ -211,7 +211,7 @@ class SharedSegmentMixing(nn.Module):
         if not torch.jit.is_scripting():
             # who looks on, or traces, would see all segments as a batch of more, or of wider, images
             is_alone = layers.is_pointwise(self.conv, self.segment_dim) and not layers.is_everything_watched()
-            if is_alone and not isinstance(x, torch.fx.Proxy) and layers.has_known_size(x):
+            if is_alone and not layers.is_symbolic(x) and layers.has_known_size(x):
                 return layers.unpack_segments(self.conv(layers.pack_segments(x, self.num_segments)), x)
         segments = x.chunk(self.num_segments, dim=1)
         return torch.cat([self.conv(segments[i]) for i in range(self.num_segments)], dim=1)
@@ -230,7 +230,7 @@ class SeparateSegmentMixing(nn.Module):
         if not torch.jit.is_scripting():
             # the weights of several at once are one convolution, that calls none of them
             is_alone = all(map(layers.is_pointwise, self.convs, self.sizes)) and not layers.is_everything_watched()
-            if is_alone and not isinstance(x, torch.fx.Proxy):
+            if is_alone and not layers.is_symbolic(x):
                 return layers.separate_convs(
                     x, [conv.weight for conv in self.convs], [conv.bias for conv in self.convs], self.sizes)
         segments = x.split(self.sizes, dim=1)
@@ -240,7 +240,7 @@ class SeparateSegmentMixing(nn.Module):
         return torch.cat(maps, dim=1)
 
 
-@register_notrace_module  # timm's feature graphs would have other nodes in training
+@register_notrace_module  # a node of timm's feature graphs, which train by it as fast as the model
 class SlidingSegmentMixing(nn.Module):
     """ One pointwise convolution slid over overlapping segments, `dim / n` maps from each of the n segments (type 3D).
 
@@ -255,7 +255,7 @@ class SlidingSegmentMixing(nn.Module):
         self.conv = nn.Conv2d(kernel_size, dim // len(self.starts), kernel_size=1, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training:
+        if self.training and not layers.is_symbolic(x):
             maps = [self.conv(layers.take_segment(x, start, self.kernel_size)) for start in self.starts]
             return layers.interleave(maps)
         return layers.interleave([self.conv(x.narrow(1, start, self.kernel_size)) for start in self.starts])

@@ -16,6 +16,7 @@ from timm.models import FeatureInfo, group_parameters
 from timm.models._features import FeatureGetterNet
 from timm.models._features_fx import FeatureGraphNet
 from timm.optim import create_optimizer_v2
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from splitmixer_timm import SplitMixer
 from splitmixer_timm.complexity import measure_activation_bytes
@@ -278,6 +279,17 @@ class TestScript:
         expected = model.train().forward_intermediates(images, indices=[0, 2], intermediates_only=True)
         for actual, wanted in zip(features.train()(images), expected, strict=True):
             torch.testing.assert_close(actual, wanted)
+
+    def test_torchvision_extractor(self, kind, images):
+        """ torchvision's, which warns where training has other nodes than inference."""
+        model = tiny(kind, depth=2)
+        with warnings.catch_warnings():
+            warnings.simplefilter('error', UserWarning)
+            extractor = create_feature_extractor(model, ['blocks.0', 'blocks.1'])
+        for training in (False, True):
+            expected = model.train(training).forward_intermediates(images, intermediates_only=True)
+            actual = extractor.train(training)(images)
+            torch.testing.assert_close(list(actual.values()), expected)
 
     def test_fx_shows_every_convolution(self, kind, images):
         """ As they are called in eager mode: feature extractors and quantisation look for them in the graph."""
