@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import report
 from conftest import ROOT
 from hub_server import HubServer
 
@@ -45,6 +46,28 @@ def test_introduction():
     size = sum(entry['bytes'] for entry in entries) / 1e6
     assert f'[{len(entries)} trained models](#weights) ({size:.0f} MB)' in README
     assert {entry['dataset'] for entry in entries} == {'cifar10', 'cifar100', 'flowers102'}  # "None on Food101"
+
+
+def test_measured():
+    """ What README tells in words of speed is what the results have."""
+    fastest, single = set(), []
+    for results in report.speed():
+        tasks = {}
+        for row in results.values():
+            if row['device'].startswith('CPU') and row['mode'] == 'infer':
+                by_form = tasks.setdefault((row['device'], row['model'], row['batch_size'], row['memory']), {})
+                by_form[row['form']] = float(row['seconds'])
+        for (device, model, batch_size, _), seconds in tasks.items():
+            best = min(seconds, key=seconds.get)
+            fastest.add((model.partition('_')[0], best.startswith('optimized compiled')))
+            if model.startswith('splitmixer'):
+                assert best.endswith('bf16') == device.endswith('bf16')
+                if batch_size == '1' and device.endswith('AVX2'):
+                    single += [seconds[form] / seconds[best] - 1 for form in ('ONNX Runtime', 'OpenVINO')]
+    assert fastest == {('splitmixer', True), ('convmixer', False)}
+    assert re.search(r"`compile=True` is the fastest in every SplitMixer's row of inference on both", README)
+    low, high = re.search(r'single images took (\d+) to (\d+) % longer in\s+ONNX Runtime and OpenVINO', README).groups()
+    assert (round(100 * min(single)), round(100 * max(single))) == (int(low), int(high))
 
 
 @pytest.fixture
