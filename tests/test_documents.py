@@ -3,9 +3,11 @@ import os
 import re
 import subprocess
 import sys
+from typing import Dict, Set
 
 import pytest
 import report
+import yaml
 from conftest import ROOT
 from hub_server import HubServer
 
@@ -68,6 +70,22 @@ def test_measured():
     assert re.search(r"`compile=True` is the fastest in every SplitMixer's row of inference on both", README)
     low, high = re.search(r'single images took (\d+) to (\d+) % longer in\s+ONNX Runtime and OpenVINO', README).groups()
     assert (round(100 * min(single)), round(100 * max(single))) == (int(low), int(high))
+
+
+def test_trained_by():
+    """ README tells which of the zoo's SplitMixers the kernels trained, and which of those as CUDA graphs."""
+    by: Dict[str, Set[str]] = {'train_fused': set(), 'train_graphs': set(), '': set()}
+    for name in manifest.entries():
+        if name.startswith('splitmixer') and 'cifar' in name:
+            args = yaml.safe_load((manifest.WEIGHTS_DIR / 'runs' / name / 'args.yaml').read_text())
+            modules = {module.rpartition('.')[2] for module in args['device_modules']}
+            by[next(iter(modules & by.keys()), '')].add(name)
+    assert not by['']
+    assert re.search(
+        r"kernels trained the zoo's SplitMixers on CIFAR there, V and the two plus models\s+with graphs", README)
+    assert by['train_graphs'] == {
+        name for name in by['train_graphs'] | by['train_fused'] if '_v_' in name or name.endswith('_plus')}
+    assert len([name for name in by['train_graphs'] if name.endswith('_plus')]) == 2
 
 
 @pytest.fixture
