@@ -7,9 +7,12 @@ from typing import Dict, Set
 
 import pytest
 import report
+import torch
 import yaml
 from conftest import ROOT
 from hub_server import HubServer
+from timm.data import create_loader
+from torch.utils.data import TensorDataset
 
 from splitmixer_timm import manifest, paper
 
@@ -86,6 +89,17 @@ def test_trained_by():
     assert by['train_graphs'] == {
         name for name in by['train_graphs'] | by['train_fused'] if '_v_' in name or name.endswith('_plus')}
     assert len([name for name in by['train_graphs'] if name.endswith('_plus')]) == 2
+
+
+def test_fine_tuning():
+    """ Fewer images than a batch give train.py none: README tells how many that are, where its command names none."""
+    command = next(code for _, code in BLOCKS if '--num-classes 3' in code)
+    assert not re.search(r'--batch-size|-b ', command)
+    defaults = yaml.safe_load((ROOT / 'tests' / 'assets' / 'train_defaults.yaml').read_text())
+    assert re.search(r'less than a\s+batch \((\d+) by default\)', README)[1] == str(defaults['batch_size'])
+    images = TensorDataset(torch.zeros(defaults['batch_size'] - 1, 3, 32, 32), torch.zeros(defaults['batch_size'] - 1))
+    assert len(create_loader(
+        images, (3, 32, 32), defaults['batch_size'], is_training=True, num_workers=0, device=torch.device('cpu'))) == 0
 
 
 @pytest.fixture
