@@ -33,6 +33,7 @@ WRAPPINGS = {
     'train.py, EMA': lambda sd: {
         'state_dict': {k: torch.zeros_like(v) for k, v in sd.items()},
         'state_dict_ema': {f'module.{k}': v for k, v in sd.items()}},
+    'DeiT, EMA': lambda sd: {'model': {k: torch.zeros_like(v) for k, v in sd.items()}, 'model_ema': sd},
 }
 
 
