@@ -102,13 +102,13 @@ class TestPretrained:
         assert timm.models.is_model_pretrained('splitmixer_i_256_8')
         assert set(timm.list_pretrained('*mixer_*256_8*')) == set(ENTRIES)
 
-    @pytest.mark.parametrize('in_chans', [1, 3, 4])
+    @pytest.mark.parametrize('in_chans', [1, 3, 4, '4'])
     def test_adapted(self, in_chans):
         model = timm.create_model('splitmixer_i_256_8', pretrained=True, in_chans=in_chans, num_classes=5)
         weights = load_file(manifest.bundled_file(NAME))
         assert torch.equal(model.blocks[7].spatial_mixing.conv2.weight,
                            weights['blocks.7.spatial_mixing.conv2.weight'])
-        assert model(torch.randn(2, in_chans, 32, 32)).shape == (2, 5)
+        assert model(torch.randn(2, int(in_chans), 32, 32)).shape == (2, 5)
 
     def test_features(self):
         model = timm.create_model(NAME, pretrained=True, features_only=True, out_indices=(0, 7))
