@@ -104,6 +104,13 @@ class TestCustomisedConvolutions:
         for memory_format in (torch.contiguous_format, torch.channels_last):
             torch.testing.assert_close(mixer(x.contiguous(memory_format=memory_format)), expected)
 
+    @pytest.mark.parametrize('kwargs', [dict(stride=2), dict(padding=1)], ids=['stride', 'padding'])
+    def test_shared_convolution_to_another_size(self, kwargs):
+        mixer = SplitMixer(24, 2, channel_mixing='iii').eval().blocks[1].channel_mixing.mixer
+        mixer.conv = nn.Conv2d(12, 12, 1, **kwargs)
+        x = torch.randn(2, 24, 5, 6).contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(mixer(x), torch.cat([mixer.conv(x[:, :12]), mixer.conv(x[:, 12:])], dim=1))
+
     def test_backward_hooks_and_own_forwards(self, images):
         model, seen = self.model(), []
         convs = model.blocks[0].channel_mixing.mixer.convs
@@ -112,6 +119,13 @@ class TestCustomisedConvolutions:
         convs[1].forward = lambda x: seen.append('forward') or forward(x)
         model(images).sum().backward()
         assert seen == ['forward', 'backward']
+
+    def test_backward_pre_hook(self, images):
+        model, seen = self.model(), []
+        conv = model.blocks[0].channel_mixing.mixer.convs[0]
+        conv.register_full_backward_pre_hook(lambda module, grads: seen.append(grads[0].shape[1]))
+        model(images).sum().backward()
+        assert seen == [12]
 
     def test_fx(self, images):
         model = self.model()
@@ -442,9 +456,10 @@ class TestMemoryFormat:
         assert seen.keys() == norms.keys()
         assert all(is_last for name, is_last in seen.items() if name != list(norms)[-1])
 
+    @pytest.mark.parametrize('act_layer', [nn.GELU, 'gelu'])
     @pytest.mark.parametrize('kind', KINDS)
-    def test_gelu_is_of_contiguous_memory(self, kind, images):
-        """ As torch calls oneDNN's, in the forward and in the backward pass."""
+    def test_gelu_is_of_contiguous_memory(self, kind, act_layer, images):
+        """ As torch calls oneDNN's, in the forward and in the backward pass; by timm's name too, as on the Hub."""
         contiguous = []
 
         class Watch(TorchDispatchMode):
@@ -453,7 +468,7 @@ class TestMemoryFormat:
                     contiguous.append(all(x.is_contiguous() for x in args if isinstance(x, torch.Tensor)))
                 return func(*args, **(kwargs or {}))
 
-        model = randomize(SplitMixer(24, 2, channel_mixing=kind, num_classes=10)).train()
+        model = randomize(SplitMixer(24, 2, channel_mixing=kind, num_classes=10, act_layer=act_layer)).train()
         with Watch():
             model(images).logsumexp(1).sum().backward()
             model.eval()(images)
