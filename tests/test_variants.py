@@ -72,8 +72,9 @@ def test_default_cfg_is_complete(name):
     assert model.get_submodule(cfg.first_conv).in_channels == size[0]
     assert model.get_submodule(cfg.classifier).out_features == cfg.num_classes
     assert cfg.license == 'apache-2.0'
-    assert cfg.origin_url.startswith('https://arxiv.org/abs/')
-    assert cfg.paper_ids.startswith('arXiv:')
+    paper = '2207.10255' if cfg.architecture.startswith('splitmixer') else '2201.09792'
+    assert cfg.origin_url == f'https://arxiv.org/abs/{paper}'
+    assert cfg.paper_ids == f'arXiv:{paper}'
     assert cfg.paper_name
     config = resolve_data_config(pretrained_cfg=cfg.to_dict())
     assert config['input_size'] == size
