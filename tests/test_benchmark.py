@@ -394,9 +394,10 @@ class TestResume:
         assert len(measured) == 5
         assert rows_of(results)[0]['rates'].startswith(f'{first} ')
 
-    @pytest.mark.parametrize('now', ['b', 'a+changes'])
-    def test_part_of_a_row_by_other_code(self, results, measured, monkeypatch, now):
-        """ A row is of one commit; a whole one stays as it is."""
+    @pytest.mark.parametrize(('before', 'now'), [('a', 'b'), ('a', 'a+changes'), ('a+changes', 'a+changes')])
+    def test_part_of_a_row_by_other_code(self, results, measured, monkeypatch, before, now):
+        """ A row is of one commit, changes to which may be others by now; a whole one stays as it is."""
+        monkeypatch.setattr(benchmark, 'commit', lambda: before)
         run(ROWS[:1], replace(TINY, repeats=2), results)
         monkeypatch.setattr(benchmark, 'commit', lambda: now)
         run(ROWS[:1], replace(TINY, repeats=2), results)
