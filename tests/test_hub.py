@@ -38,7 +38,7 @@ from splitmixer_timm.release import CONFIG, Release, describe, folder_release, r
 NAME = 'splitmixer_ii_256_8.cifar10'
 ZOO = 'splitmixer_i_256_8.cifar10'
 REPO = 'alice/model'
-TOLD = '- Arguments: all of them in `args.yaml`\n- Log: each measured epoch in `summary.csv`'
+TOLD = '- Arguments: all of them in `args.yaml`\n- Log: each measured epoch in `summary.csv`\n'
 TOKEN = 'hf_alice_secret'
 SMALL = dict(depth=2, dim=16)
 
@@ -272,6 +272,8 @@ class TestContents:
         for name, content in Release(model).files(REPO).items():
             (tmp_path / name).write_bytes(content)
         assert folder_release(tmp_path).name == ZOO
+        given = folder_release(tmp_path, 'alice/insects', tuple('abcdefghij'))
+        assert (given.name, given.dataset, given.label_names) == (ZOO, 'alice/insects', tuple('abcdefghij'))
 
     @pytest.mark.parametrize('name', ['splitmixer_i_256_8', 'convmixer_256_8'])
     def test_frozen_norms(self, name, tmp_path):
@@ -320,6 +322,7 @@ class TestContents:
         assert tuple(config['mean']) == (0.5, 0.5, 0.5)
         assert tuple(config['input_size']) == (3, 64, 64)
         assert tuple(config['std']) == (.2023, .1994, .2010)
+        assert 'pool_size' not in json.loads(files(server)['config.json'])['pretrained_cfg']  # that of 32 x 32
 
     def test_same_again_is_no_commit(self, server):
         model = create()
@@ -356,8 +359,10 @@ class TestContents:
             push_to_hub(create(), REPO, token=TOKEN)
         assert files(server)['README.md'] == mine
 
-    def test_licence_of_the_repository_stays(self, server):
-        server.create_repo(REPO).commit({'README.md': b'---\nlicense: cc-by-nc-4.0\n---'}, 'First')
+    @pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig'])
+    def test_licence_of_the_repository_stays(self, server, encoding):
+        card = '---\nlicense: cc-by-nc-4.0\n---'.encode(encoding)
+        server.create_repo(REPO).commit({'README.md': card}, 'First')
         for _ in range(2):
             push_to_hub(create(), REPO, token=TOKEN)
             assert yaml.safe_load(files(server)['README.md'].decode().split('---')[1])['license'] == 'cc-by-nc-4.0'
@@ -381,8 +386,10 @@ class TestCardOfAModel:
     @pytest.mark.parametrize(('name', 'said'), [
         (ZOO, 'bicubic interpolation, center crop of 100%'),
         (ZOO, "- The paper's top-1 accuracy, %: 93.91, after 100 epochs with its full recipe\n"),
+        (ZOO, "`summary.csv`: train.py's own figures, from which the evaluation above may differ\n"),
         ('convmixer_256_8_ks7_p7.flowers102', 'bilinear interpolation, squashed to that size'),
         ('convmixer_256_8_ks7_p7.flowers102', 'full recipe; it does not say on which splits it trained\n'),
+        ('convmixer_256_8_ks7_p7.flowers102', '@article{trockman2022patches,'),
         ('convmixer_256_8_ks7_p7.flowers102', '- Note: training images were resized to 230 x 230 beforehand; the log'),
     ])
     def test_what_a_figure_depends_on(self, name, said):
@@ -445,7 +452,9 @@ class TestRefused:
         (create, dict(metrics=dict(top1=101)), 'from 0 to 100'),
         (create, dict(metrics=dict(top1='90')), 'from 0 to 100'),
         (create, dict(metrics=dict(top1=50, images='10,000')), "metrics['images'] must be a number of images"),
+        (create, dict(metrics=dict(top1=50, images=0)), "metrics['images'] must be a number of images"),
         (create, dict(metrics=dict(top1=50, seeds=[1])), "metrics['seeds'] must map"),
+        (create, dict(metrics=dict(seeds={1: 50.})), "metrics['seeds'] must map two seeds or more"),
         (create, dict(metrics=dict(seeds={1: 50., 2: math.nan})), "metrics['seeds'] must map"),
         (create, dict(metrics=dict(seeds={1: 50., 2: True})), "metrics['seeds'] must map"),
         (create, dict(metrics=dict(seeds={1: 50., 2: 500})), "metrics['seeds'] must map"),
@@ -507,6 +516,18 @@ class TestRevisions:
         assert url == f'{server.endpoint}/{REPO}/discussions/1'
         assert files(server) == before
         assert files(server, revision='refs/pr/1')['model.safetensors'] != before['model.safetensors']
+        with pytest.raises(HubError, match='v2'):
+            push_to_hub(create(), REPO, token=TOKEN, create_pr=True, revision='v2')
+        assert 'v2' not in server.repos[REPO].branches
+
+    def test_card_of_the_branch_is_kept(self, server):
+        push_to_hub(create(), REPO, token=TOKEN)
+        push_to_hub(create(), REPO, token=TOKEN, revision='v2')
+        repo = server.repos[REPO]
+        edited = repo.files('v2')['README.md'] + b'\nTo my cat.\n'
+        repo.commit({**repo.files('v2'), 'README.md': edited}, 'Edit', branch='v2')
+        push_to_hub(create(), REPO, token=TOKEN, revision='v2')
+        assert b'To my cat.' in files(server, revision='v2')['README.md']
 
     def test_a_branch_that_got_no_commit_goes_again(self, server):
         push_to_hub(create(), REPO, token=TOKEN)
@@ -642,7 +663,8 @@ class TestErrors:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(stored)
         for use_it in (
-                pull_from_hub, lambda repo: push_to_hub(create(), repo), lambda repo: Classifier(f'HF_Hub:{repo}')):
+                pull_from_hub, lambda repo: push_to_hub(create(), repo), lambda repo: Classifier(f'HF_Hub:{repo}'),
+                lambda repo: create(pretrained=True, pretrained_cfg_overlay=dict(hf_hub_id=repo))):
             with pytest.raises(HubError, match='The token that is logged in') as error:
                 use_it(REPO)
             assert 'secret' not in ''.join(traceback.format_exception(error.value))
@@ -938,6 +960,15 @@ class TestUnusable:
         assert 'model.safetensors' in told(error)
         assert not [request for request in server.requests if 'pytorch' in request.path]
 
+    def test_file_that_the_caller_names(self, repo, tmp_path):
+        weights = Release(create()).files(REPO)['model.safetensors']
+        repo(other_safetensors=weights)
+        model = timm.create_model(
+            NAME, pretrained=True, **SMALL, cache_dir=tmp_path / 'cache',
+            pretrained_cfg_overlay=dict(hf_hub_id=REPO, hf_hub_filename='other.safetensors'))
+        assert torch.equal(model.head.bias, load(weights)['head.bias'])
+        assert [*(tmp_path / 'cache').rglob('other.safetensors')]
+
     def test_config_that_names_another_place(self, repo, server):
         """ Only what the repository has as safetensors is loaded, whatever its config says."""
         config = json.loads(repo()['config.json'])
@@ -987,7 +1018,7 @@ class TestUnusable:
         assert 'config.json is not a config of timm' in told(error)
         assert len(str(error.value)) < 200
 
-    def test_weights_that_do_not_fit(self, repo):
+    def test_weights_that_do_not_fit(self, repo, tmp_path):
         contents = repo()
         config = json.loads(contents['config.json'])
         config['model_args']['depth'] = 3
@@ -995,6 +1026,9 @@ class TestUnusable:
         with pytest.raises(HubError) as error:
             pull_from_hub(REPO)
         assert 'config.json does not fit model.safetensors' in told(error)
+        with pytest.raises(HubError, match='does not fit'):
+            hub.pull_to_folder(REPO, tmp_path / 'pulled')
+        assert not (tmp_path / 'pulled').exists()
 
     def test_truncated_weights(self, repo):
         repo(model_safetensors=repo()['model.safetensors'][:1000])
@@ -1053,6 +1087,9 @@ class TestCommandLine:
 
     def test_push_of_a_run(self, server, run_dir):
         folder, model = run_dir
+        args = yaml.safe_load((folder / 'args.yaml').read_text())
+        # which train.py looks at with --pretrained alone
+        (folder / 'args.yaml').write_text(yaml.safe_dump({**args, 'pretrained_path': '/secret/first.pth'}))
         assert cli.main(['push', str(folder), REPO, '--dataset', 'alice/letters']) == 0
         published = files(server)
         config = json.loads(published['config.json'])
@@ -1102,6 +1139,7 @@ class TestCommandLine:
         names = {path.name for path in folder.iterdir()}
         assert names == files(server).keys()
         assert not list(folder.parent.glob('.*'))
+        assert folder.stat().st_mode & 0o777 == 0o755  # others may read it
         server.requests.clear()
         model = timm.create_model(f'local-dir:{folder}', pretrained=True)
         assert not server.requests
@@ -1272,7 +1310,8 @@ class TestCommandLine:
         assert cli.main(['pull', 'alice/first', '--to', str(pulled)]) == 0
         name = 'hf-hub:alice/first' if source == 'hf-hub' else f'local-dir:{pulled}'
         args = yaml.safe_load((folder / 'args.yaml').read_text())
-        (folder / 'args.yaml').write_text(yaml.safe_dump({**args, 'model': name, 'model_kwargs': {}}))
+        (folder / 'args.yaml').write_text(
+            yaml.safe_dump({**args, 'model': name, 'model_kwargs': {}, 'pretrained': True}))
         tuned = create(num_classes=10, dim=24)
         torch.save({'epoch': 1, 'state_dict': tuned.state_dict()}, folder / 'last.pth.tar')
         assert cli.main(['push', str(folder), REPO]) == 0
@@ -1378,9 +1417,13 @@ class TestCommandLine:
     def test_ema_is_published(self, run_dir):
         folder, model = run_dir
         ema = create(num_classes=10)
+        args = yaml.safe_load((folder / 'args.yaml').read_text())
+        (folder / 'args.yaml').write_text(yaml.safe_dump({**args, 'model_ema': True}))
         torch.save(
             {'epoch': 1, 'state_dict': model.state_dict(), 'state_dict_ema': ema.state_dict()}, folder / 'last.pth.tar')
-        assert torch.equal(run_release(folder).model.head.weight, ema.head.weight)
+        release = run_release(folder)
+        assert torch.equal(release.model.head.weight, ema.head.weight)
+        assert '- Checkpoint: EMA\n' in release.card('a', 'a')
 
     def test_pooling_of_the_run(self, run_dir):
         folder, _ = run_dir
@@ -1493,8 +1536,11 @@ class TestCard:
         {}, dict(num_classes=3), dict(num_classes=0), dict(in_chans=1), dict(in_chans=4)], ids=str)
     def test_snippet_of_a_pushed_model(self, server, tmp_path, kwargs):
         push_to_hub(create(**kwargs), REPO, token=TOKEN)
-        names = self.run_snippet(files(server)['README.md'].decode(), tmp_path)
+        text = files(server)['README.md'].decode()
+        names = self.run_snippet(text, tmp_path)
         assert isinstance(names['model'], splitmixer_timm.SplitMixer)
+        task = 'image-feature-extraction' if kwargs.get('num_classes') == 0 else 'image-classification'
+        assert yaml.safe_load(text.split('---')[1])['pipeline_tag'] == task
 
     def test_licence_that_is_given(self, server):
         """ It replaces the repository's; another push without one leaves it."""
