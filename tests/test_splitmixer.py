@@ -401,6 +401,11 @@ class TestOptions:
         features = SplitMixer(12, 2, channel_mixing=kind).eval().forward_features(torch.randn(1, 3, *size))
         assert features.shape == (1, 12, size[0] // 2, size[1] // 2)
 
+    @pytest.mark.parametrize('kind', ['ii', 'iii', 'iv'])
+    def test_segments_of_one_channel(self, kind):
+        model = SplitMixer(12, 2, channel_mixing=kind, num_segments=12, num_classes=5)
+        assert model.eval()(torch.ones(1, 3, 4, 4)).shape == (1, 5)
+
     def test_fixed_by_seed(self):
         states = []
         for _ in range(2):
