@@ -954,6 +954,7 @@ class TestCustomised:
         lambda: other_spatial(conv2=nn.Conv2d(24, 24, 3, groups=24, padding='same')),
         lambda: other_spatial(conv2=nn.Conv2d(24, 24, (1, 5), groups=24, padding='same')),
         lambda: other_spatial(conv1=nn.Conv2d(24, 24, (1, 3), groups=24, padding='same')),
+        lambda: other_spatial(conv1=nn.Conv2d(24, 24, (1, 5), groups=12, padding='same')),
         lambda: other_spatial(act2=nn.ReLU()),
     ])
     def test_falls_back(self, make, images):
