@@ -337,6 +337,9 @@ class TestSteady:
         assert probe.weight.dtype == torch.float16
         assert make_images(replace(TINY, precision='fp16', mode='train')).dtype == torch.float32
 
+    def test_images_are_those_of_other_processes(self):
+        assert torch.equal(make_images(TINY), make_images(TINY))
+
     def test_a_training_step_trains(self):
         settings = replace(TINY, mode='train')
         subject = Subject(ROWS[0], settings, make_images(settings))
@@ -469,7 +472,7 @@ class TestResume:
         assert run(ROWS, TINY, results) == 1
         failed, other = rows_of(results)
         assert failed['error'] == 'out of memory: tried to allocate 9 GiB of <path>'
-        assert len(failed['rates'].split()) == 1
+        assert (len(failed['rates'].split()), failed['params'], failed['timer']) == (1, '701542', 'wall clock')
         assert (other['error'], len(other['rates'].split())) == ('', 3)
         monkeypatch.setattr(Subject, 'rate', rate)
         assert run(ROWS, TINY, results) == 0
