@@ -93,6 +93,8 @@ def test_adds(run, monkeypatch):
     with Image.open(run.weights / entry['training']['curves']) as picture:
         assert picture.format == 'PNG'
         assert picture.size == (800, 300)
+    curves = add_run.plot_curves(add_run.read_summary(run.path), f'{NAME}, seed 7')
+    assert (run.weights / entry['training']['curves']).read_bytes() == curves
     assert not list(run.weights.rglob('.*.tmp'))
 
 
@@ -127,7 +129,7 @@ def test_epochs_by_the_images(run, tmp_path):
     """ timm rounds a cycle to updates: this one has an epoch more than one of a thousand updates an epoch has."""
     make_images(tmp_path / 'data' / 'train', range(10))
     args = yaml.safe_load((run.path / 'args.yaml').read_text())
-    args.update(lr_cycle_limit=1, lr_cycle_mul=0.9, batch_size=10)
+    args.update(lr_cycle_limit=1, lr_cycle_mul=0.9, batch_size=10, grad_accum_steps=2)
     assert add_run.planned_epochs(args) == 2
     (run.path / 'args.yaml').write_text(yaml.safe_dump(args))
     run.add()
