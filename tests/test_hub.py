@@ -1379,6 +1379,7 @@ class TestCommandLine:
         (dict(train_split='/somewhere/secret-{0..9}.tar', dataset='wds/mine'), '<TRAIN_SPLIT>'),
         (dict(val_split='s3://secret/somewhere/{0..9}.tar', dataset='wds/mine'), '<VAL_SPLIT>'),
         (dict(val_split='part-{0..9}.tar', dataset='wds/mine'), 'part-{0..9}.tar'),
+        (dict(class_map='/somewhere/secret.txt'), '<CLASS_MAP>'),
         (dict(kd_model_name='local-dir:/somewhere/secret'), 'local-dir:<MODEL_DIR>')])
     def test_places_are_not_told(self, server, run_dir, tmp_path, monkeypatch, place, told):
         folder, _ = run_dir
