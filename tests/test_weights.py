@@ -347,10 +347,10 @@ class TestClassOrder:
             manifest.check_class_order(names, 'flowers102')
         manifest.check_class_order(sorted(manifest.label_names('cifar10')), 'cifar10')
 
-    @pytest.mark.parametrize('between', [' ', '_'])
-    def test_labels_in_alphabetical_order(self, between):
+    @pytest.mark.parametrize(('between', 'spelt'), [(' ', str), ('_', str.title)])
+    def test_labels_in_alphabetical_order(self, between, spelt):
         """ Their first is not the data set's first: every class would be taken for another, without an error."""
-        names = sorted(name.replace(' ', between) for name in manifest.label_names('flowers102'))
+        names = sorted(spelt(name.replace(' ', between)) for name in manifest.label_names('flowers102'))
         with pytest.raises(ValueError, match=r'name them by number, 001 \(pink primrose\) to 102'):
             manifest.check_class_order(names, 'flowers102')
 
@@ -409,15 +409,24 @@ def test_published_weights_are_recorded(tmp_path, monkeypatch):
 
 
 def test_entries_written_at_once(tmp_path):
-    """ None of two processes' entries is lost."""
+    """ None of two processes' entries is lost, nor where they are published."""
     (tmp_path / 'manifest.json').write_text('{"models": {}}')
     code = (
         'import pathlib, sys\n'
         'from splitmixer_timm import manifest\n'
-        'manifest.WEIGHTS_DIR = pathlib.Path(sys.argv[1])\n'
+        'manifest.WEIGHTS_DIR = folder = pathlib.Path(sys.argv[1])\n'
+        'def begin(part):\n'  # together: else one may be done before the other begins
+        '    (folder / (sys.argv[2] + part)).touch()\n'
+        '    while not all((folder / (name + part)).exists() for name in "ab"):\n'
+        '        pass\n'
+        'begin("entries")\n'
         'for i in range(40):\n'
-        '    manifest.write_entry(f"{sys.argv[2]}{i}", {})')
+        '    manifest.write_entry(f"{sys.argv[2]}{i}", dict(sha256=""))\n'
+        'begin("places")\n'
+        'for i in range(40):\n'
+        '    manifest.record(f"{sys.argv[2]}{i}", "", url="http://a/b")')
     processes = [subprocess.Popen([sys.executable, '-c', code, tmp_path, name]) for name in 'ab']
     assert [process.wait(300) for process in processes] == [0, 0]
-    assert len(json.loads((tmp_path / 'manifest.json').read_text())['models']) == 80
+    entries = json.loads((tmp_path / 'manifest.json').read_text())['models']
+    assert list(entries.values()) == [dict(sha256='', url='http://a/b')] * 80
     assert not list(tmp_path.glob('.*.tmp'))
