@@ -35,6 +35,7 @@ def _model(dim=10, depth=1, kernel_size=3, patch_size=2, num_classes=5, **kwargs
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, std=0.5)
+            module.eps = 0.01
     return model.to(DEVICE).train()
 
 
@@ -114,6 +115,14 @@ def test_gradients_of_act_norm(act, programs, monkeypatch):
     params = [torch.randn(2, **options, requires_grad=True) for _ in range(2)]
     # not in fast mode, whose directions are nearly constant: a norm's gradient along those is nearly zero
     assert gradcheck(lambda *args: ActNorm.apply(*args, nn.BatchNorm2d(2, **options), act), (u, *params))
+
+
+@runs_kernels
+def test_constant_channels():
+    """ Of some the variance is less than 0 by rounding."""
+    u = torch.linspace(1e4, 1e5, 16, device=DEVICE).expand(2, 3, 5, 16).contiguous()
+    norm = nn.BatchNorm2d(16, device=DEVICE)
+    assert ActNorm.apply(u, norm.weight, norm.bias, norm, 'relu').isfinite().all()
 
 
 @runs_kernels
