@@ -102,6 +102,17 @@ class TestSameOutputs:
         model = build(kernel_size=kernel_size, patch_size=1)
         assert difference(optimize_for_inference(model), model, torch.randn(1, 3, height, 6)) < 1e-5
 
+    def test_channel_residual_around_groups(self, images):
+        """ The convolution in groups takes no shift over, which the residual needs."""
+        for kind in ('iii', 'iv'):
+            model = build(channel_mixing=kind, channel_residual=True)
+            assert difference(optimize_for_inference(model), model, images) < 1e-5
+
+    def test_images_larger_than_a_piece(self, images, monkeypatch):
+        monkeypatch.setattr(fused_cpu, 'PIECE_BYTES', 1)
+        model = build()
+        assert difference(optimize_for_inference(model), model, images) < 1e-5
+
     @pytest.mark.parametrize('batch', [1, 2, 3, 4, 7])
     def test_any_batch(self, batch, monkeypatch):
         """ Whole pieces, a rest, less than a piece."""
