@@ -111,6 +111,15 @@ def _escape_output() -> None:
         sys.stdout.reconfigure(errors='backslashreplace')
 
 
+def _drop_output() -> None:
+    """ Have the interpreter's last flush not fail on what standard output did not take."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _check_device(name: str) -> None:
     from .machine import check_device
 
@@ -182,7 +191,6 @@ def _verify(args: argparse.Namespace) -> int:
         path = manifest.WEIGHTS_DIR / entry['file']
         try:
             manifest.check_file(path, name)
-            print(f'ok      {name}  {entry["bytes"]:,} bytes  sha256 {entry["sha256"][:16]}...')
         except FileNotFoundError:
             if manifest.published(name):
                 print(f'absent  {name}  not bundled, downloaded where it is asked for')
@@ -192,6 +200,8 @@ def _verify(args: argparse.Namespace) -> int:
         except (OSError, RuntimeError) as e:
             failures += 1
             print(f'FAILED  {name}  {e}')
+        else:
+            print(f'ok      {name}  {entry["bytes"]:,} bytes  sha256 {entry["sha256"][:16]}...')
     listed = {entry['file'] for entry in manifest.entries().values()}
     for path in sorted(manifest.WEIGHTS_DIR.glob('*.safetensors')):
         if path.name not in listed:
@@ -208,7 +218,7 @@ def _data(args: argparse.Namespace) -> int:
     failures = 0
     for name in dict.fromkeys(args.names):
         try:
-            print(write_image_folders(name, args.to), flush=True)
+            folder = write_image_folders(name, args.to)
         except FileExistsError as e:
             print(e, file=sys.stderr)  # what an earlier call finished
         except ModuleNotFoundError:
@@ -217,6 +227,8 @@ def _data(args: argparse.Namespace) -> int:
         except (OSError, RuntimeError) as e:
             failures += 1
             print(f'FAILED  {name}  {" ".join(str(e).split())}')
+        else:
+            print(folder, flush=True)
     return 1 if failures else 0
 
 
@@ -577,9 +589,12 @@ def main(argv: Optional[List[str]] = None) -> int:
     except CommandError as e:
         print(f'splitmixer-timm: error: {e}', file=sys.stderr)
         return 2
-    except BrokenPipeError:
-        # the reader of our output went away: no traceback, and none from the interpreter's last flush either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of our output went away
+        _drop_output()
+        return 1
+    except OSError as e:  # output, or results, on a full disk
+        print(f'splitmixer-timm: error: {e}', file=sys.stderr)
+        _drop_output()
         return 1
     except KeyboardInterrupt:
         return 130

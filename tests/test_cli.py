@@ -1,4 +1,5 @@
 """ The command line, run as people run it. """
+import errno
 import io
 import json
 import os
@@ -72,6 +73,16 @@ class TestEntryPoints:
         with process.stderr:
             assert process.stderr.read() == b''
         assert process.wait() == 1
+
+    @pytest.mark.skipif(not Path('/dev/full').exists(), reason='needs a device that is always full')
+    def test_full_disk(self):
+        """ Told in a line, and not again by the interpreter at its end."""
+        env = {**os.environ, 'PYTHONUNBUFFERED': ''}
+        with open('/dev/full', 'w') as full:
+            done = subprocess.run(
+                [sys.executable, '-m', 'splitmixer_timm', 'list'], env=env, stdout=full, stderr=subprocess.PIPE,
+                text=True)
+        assert (done.returncode, done.stderr) == (1, 'splitmixer-timm: error: [Errno 28] No space left on device\n')
 
     @pytest.mark.parametrize(('args', 'status', 'words'), [
         (['list'], 0, ''), (['predict', '-'], 2, 'splitmixer-timm: error: standard input is closed\n')])
@@ -344,6 +355,22 @@ class TestVerify:
         status, out, _ = run('verify')
         assert status == 0
         assert [line.split()[:2] for line in out.splitlines()] == [['ok', name] for name in sorted(manifest.entries())]
+
+    def test_output_that_fails(self, run, monkeypatch):
+        """ A full disk under standard output is told as such, not as a damaged file."""
+        class Full(io.StringIO):
+            refused = 0
+
+            def write(self, text):
+                self.refused += 1
+                if self.refused == 1:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                return super().write(text)
+
+        monkeypatch.setattr(sys, 'stdout', Full())
+        status, _, err = run('verify')
+        assert (status, sys.stdout.getvalue()) == (1, '')
+        assert err == f'splitmixer-timm: error: [Errno {errno.ENOSPC}] {os.strerror(errno.ENOSPC)}\n'
 
     def test_damage(self, run, tmp_path, monkeypatch):
         source = manifest.WEIGHTS_DIR
