@@ -373,10 +373,14 @@ def _recipe(args: argparse.Namespace) -> int:
         target = target / f'{args.name}.yaml'
     elif args.copy.endswith(('/', os.sep)):
         raise CommandError(f'cannot write into {args.copy}: no such folder')
+    is_begun = False
     try:
         with open(target, 'x', encoding='utf-8') as f:
+            is_begun = True
             f.write(recipes[args.name].read_text(encoding='utf-8'))
     except OSError as e:
+        if is_begun:
+            target.unlink()  # part of a recipe, which would be in the way of the next attempt
         raise CommandError(f'cannot write {target}: {e.strerror}') from e
     print(target)
     return 0

@@ -235,6 +235,18 @@ class TestCommand:
         assert copied.read_text() == 'mine'
         assert 'cannot write' in capsys.readouterr().err
 
+    def test_copy_to_a_full_disk(self, capsys, tmp_path):
+        """ Nothing is left of it, which the next attempt would find in its way."""
+        resource = pytest.importorskip('resource')
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        try:
+            assert cli.main(['recipe', 'cifar10', '--copy', str(tmp_path)]) == 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert capsys.readouterr().err.startswith(f'splitmixer-timm: error: cannot write {tmp_path / "cifar10.yaml"}: ')
+        assert list(tmp_path.iterdir()) == []
+
     def test_copy_into_a_folder_that_is_not_there(self, capsys, tmp_path):
         assert cli.main(['recipe', 'cifar10', '--copy', f'{tmp_path}/new/']) == 2
         assert f'cannot write into {tmp_path}/new/: no such folder' in capsys.readouterr().err
