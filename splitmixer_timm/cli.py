@@ -4,9 +4,12 @@ import dataclasses
 import io
 import json
 import os
+import signal
 import sys
+import threading
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterator, List, Optional
 
 import timm
 from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, get_pretrained_cfg, is_model
@@ -577,6 +580,27 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _end(signum: int, frame: Any) -> None:
+    signal.signal(signum, lambda *args: None)  # a second one would cut off the tidying
+    sys.exit(128 + signum)
+
+
+@contextmanager
+def _ended_tidily() -> Iterator[None]:
+    """ Told to end meanwhile, as by a terminal that is closed, this process removes what is half done, as on Ctrl-C."""
+    signals = [getattr(signal, name) for name in ('SIGTERM', 'SIGHUP') if hasattr(signal, name)]
+    # nohup has the one ignored, and whoever calls this from Python may have handlers of their own
+    is_main = threading.current_thread() is threading.main_thread()  # others can set none
+    ours = [signum for signum in signals if is_main and signal.getsignal(signum) is signal.SIG_DFL]
+    for signum in ours:
+        signal.signal(signum, _end)
+    try:
+        yield
+    finally:
+        for signum in ours:
+            signal.signal(signum, signal.SIG_DFL)
+
+
 def main(argv: Optional[List[str]] = None) -> int:
     """ Run the command line.
 
@@ -586,7 +610,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     args = _parser().parse_args(argv)
     _escape_output()
     try:
-        status = args.run(args)
+        with _ended_tidily():
+            status = args.run(args)
         if sys.stdout is not None:  # None where it was closed
             sys.stdout.flush()
         return status

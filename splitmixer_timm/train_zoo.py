@@ -643,13 +643,13 @@ def main(argv: Optional[List[str]] = None) -> int:
                 check_images(args.data_dir / dataset / split, dataset)
             except ValueError as e:
                 parser.error(f'--data-dir: {e}')
+    signal.signal(signal.SIGTERM, _end)
     if args.held_out is not None:
         try:
             for dataset in {model.dataset for model in models}:
                 hold_out(args.data_dir / dataset / 'train', data_dir / dataset)
         except (OSError, ValueError) as e:
             parser.error(f'--held-out: {e}')
-    signal.signal(signal.SIGTERM, _end)
     return 1 if train(models, args.scripts, data_dir, args.device, machine, args.jobs, finish) else 0
 
 

@@ -1,6 +1,8 @@
 """ Data sets as image folders, by torchvision's own classes from small files in their formats. """
 import json
+import os
 import pickle
+import signal
 import sys
 from types import ModuleType
 from urllib.error import URLError
@@ -154,3 +156,33 @@ def test_what_there_is(tmp_path):
     with pytest.raises(ValueError, match="name must be one of 'cifar10', .*, got 'svhn'"):
         write_image_folders('svhn', tmp_path)
     assert set(SOURCES) == {entry['dataset'] for entry in manifest.entries().values()} | {'food101'}
+
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGHUP'), reason='needs the signals of a Unix')
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGHUP'])
+@pytest.mark.parametrize('is_ignored', [False, True])
+def test_ended_from_outside(tmp_path, monkeypatch, name, is_ignored):
+    """ Who is told to end leaves nothing half done behind; under nohup, who is ignored stays so."""
+    signum = getattr(signal, name)
+
+    def images(*args):
+        yield Image.new('RGB', (2, 2)), 'a'
+        assert is_ignored or signal.getsignal(signum) is not signal.SIG_DFL
+        os.kill(os.getpid(), signum)
+        yield Image.new('RGB', (2, 2)), 'b'
+
+    monkeypatch.setattr('splitmixer_timm.image_folders._images', images)
+    own = signal.SIG_IGN if is_ignored else signal.SIG_DFL
+    before = signal.signal(signum, own)
+    try:
+        command = ['data', 'cifar10', '--to', str(tmp_path)]
+        if is_ignored:
+            assert cli.main(command) == 0
+        else:
+            with pytest.raises(SystemExit) as end:
+                cli.main(command)
+            assert end.value.code == 128 + signum
+        assert [path.name for path in tmp_path.iterdir()] == (['cifar10'] if is_ignored else [])
+        assert signal.getsignal(signum) is own
+    finally:
+        signal.signal(signum, before)

@@ -792,6 +792,23 @@ def test_ended_from_outside(zoo):
             assert str(zoo.path).encode() not in process.read_bytes()
 
 
+def test_ended_while_images_are_held_out(zoo, monkeypatch):
+    """ What is half held out is removed: a driver that is told to end does so in order from there on."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def hold_out(*args):
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train_zoo, 'hold_out', hold_out)
+    try:
+        with pytest.raises(SystemExit) as end:
+            zoo.run(OTHER, '--held-out', str(zoo.path / 'settings.csv'))
+        assert end.value.code == 128 + signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_ended_while_it_measures(zoo):
     """ What is being measured is given up, and not added."""
     (zoo.path / 'scripts' / 'validate.py').write_text(
