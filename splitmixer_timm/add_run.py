@@ -38,7 +38,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from . import manifest
 from .card import DATASETS
-from .cli import positive
+from .cli import ended_tidily, positive
 from .convmixer import ARCHITECTURES
 from .machine import device_name
 from .run import environment
@@ -409,7 +409,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     args = parser.parse_args(argv)
     need_matplotlib(parser)
     try:
-        entry = add_runs(**vars(args))
+        with ended_tidily():
+            entry = add_runs(**vars(args))
     except ValueError as e:
         parser.error(str(e))
     except subprocess.CalledProcessError as e:

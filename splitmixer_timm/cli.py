@@ -581,12 +581,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _end(signum: int, frame: Any) -> None:
-    signal.signal(signum, lambda *args: None)  # a second one would cut off the tidying
+    # a second one would cut off the tidying; SIG_IGN would pass on to what is started from now on
+    signal.signal(signum, lambda *args: None)
     sys.exit(128 + signum)
 
 
 @contextmanager
-def _ended_tidily() -> Iterator[None]:
+def ended_tidily() -> Iterator[None]:
     """ Told to end meanwhile, as by a terminal that is closed, this process removes what is half done, as on Ctrl-C."""
     signals = [getattr(signal, name) for name in ('SIGTERM', 'SIGHUP') if hasattr(signal, name)]
     # nohup has the one ignored, and whoever calls this from Python may have handlers of their own
@@ -610,7 +611,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     args = _parser().parse_args(argv)
     _escape_output()
     try:
-        with _ended_tidily():
+        with ended_tidily():
             status = args.run(args)
         if sys.stdout is not None:  # None where it was closed
             sys.stdout.flush()

@@ -21,7 +21,6 @@ import hashlib
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -56,7 +55,7 @@ from .add_run import (
     timm_version,
     weights_content,
 )
-from .cli import positive
+from .cli import ended_tidily, positive
 from .files import replace_file
 from .held_out import SPLITS, HeldOutResults, describe, hold_out
 from .image_folders import SOURCES
@@ -570,12 +569,6 @@ def train(
     return failures
 
 
-def _end(signum: int, frame: Any) -> None:
-    # a second one would cut off the ending of the runs; SIG_IGN would pass on to what is started from now on
-    signal.signal(signum, lambda *args: None)
-    sys.exit(128 + signum)
-
-
 def main(argv: Optional[List[str]] = None) -> int:
     """ Run the queue.
 
@@ -643,14 +636,15 @@ def main(argv: Optional[List[str]] = None) -> int:
                 check_images(args.data_dir / dataset / split, dataset)
             except ValueError as e:
                 parser.error(f'--data-dir: {e}')
-    signal.signal(signal.SIGTERM, _end)
-    if args.held_out is not None:
-        try:
-            for dataset in {model.dataset for model in models}:
-                hold_out(args.data_dir / dataset / 'train', data_dir / dataset)
-        except (OSError, ValueError) as e:
-            parser.error(f'--held-out: {e}')
-    return 1 if train(models, args.scripts, data_dir, args.device, machine, args.jobs, finish) else 0
+    with ended_tidily():
+        if args.held_out is not None:
+            try:
+                for dataset in {model.dataset for model in models}:
+                    hold_out(args.data_dir / dataset / 'train', data_dir / dataset)
+            except (OSError, ValueError) as e:
+                parser.error(f'--held-out: {e}')
+        failures = train(models, args.scripts, data_dir, args.device, machine, args.jobs, finish)
+    return 1 if failures else 0
 
 
 if __name__ == '__main__':

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 
 import pytest
 import timm
@@ -495,3 +496,17 @@ def test_names(run, capsys, name):
     with pytest.raises(SystemExit):
         run.add(name)
     assert f"name must be 'arch.tag', of a model of this package, got {name!r}" in capsys.readouterr().err
+
+
+def test_ended_while_it_measures(run):
+    """ What is being measured is given up, and not added."""
+    run.validate.write_text('import os, signal, time\nos.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(300)\n')
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as end:
+            run.add()
+        assert end.value.code == 128 + signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not add_run.measuring
+    assert [path.name for path in run.weights.iterdir()] == ['manifest.json']

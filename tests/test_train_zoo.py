@@ -821,18 +821,28 @@ def test_ended_while_it_measures(zoo):
 
 def test_what_ends_is_not_deaf():
     """ What is started once the driver was told to end can be told so, too."""
-    before = signal.getsignal(signal.SIGTERM)
+    ended = []
+
+    @train_zoo.ended_tidily()
+    def drive():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            process = subprocess.Popen(
+                [sys.executable, '-c', 'import time; print(flush=True); time.sleep(600)'], stdout=subprocess.PIPE)
+            process.stdout.readline()
+            process.terminate()
+            ended.append(process.wait(60))
+            os.kill(os.getpid(), signal.SIGTERM)  # a second one changes nothing
+            ended.append('tidied')
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         with pytest.raises(SystemExit):
-            train_zoo._end(signal.SIGTERM, None)
-        process = subprocess.Popen([sys.executable, '-c', 'import time; print(flush=True); time.sleep(600)'],
-                                   stdout=subprocess.PIPE)
-        process.stdout.readline()
-        process.terminate()
-        assert process.wait(60) == -signal.SIGTERM
-        os.kill(os.getpid(), signal.SIGTERM)  # a second one changes nothing
+            drive()
     finally:
         signal.signal(signal.SIGTERM, before)
+    assert ended == [-signal.SIGTERM, 'tidied']
 
 
 @pytest.mark.parametrize(('change', 'message'), [
