@@ -59,10 +59,10 @@ def test_measured():
     for results in report.speed():
         tasks = {}
         for row in results.values():
-            if row['device'].startswith('CPU') and row['mode'] == 'infer':
-                by_form = tasks.setdefault((row['device'], row['model'], row['batch_size'], row['memory']), {})
-                by_form[row['form']] = float(row['seconds'])
-        for (device, model, batch_size, _), seconds in tasks.items():
+            if row['device'].startswith('CPU') and row['mode'] == 'infer' and not row['error']:
+                task = tuple(row[name] for name in ('device', 'model', 'batch_size', 'memory', 'threads'))
+                tasks.setdefault(task, {})[row['form']] = float(row['seconds'])
+        for (device, model, batch_size, *_), seconds in tasks.items():
             best = min(seconds, key=seconds.get)
             fastest.add((model.partition('_')[0], best.startswith('optimized compiled')))
             if model.startswith('splitmixer'):
