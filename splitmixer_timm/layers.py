@@ -4,7 +4,7 @@ Branches on where and how a tensor lies are functions that torch.fx takes as a w
 traces: call them by this module's name (`layers.interleave`), for torch.fx does not know a function that was imported
 from it.
 """
-from typing import List, Optional
+from typing import List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -128,18 +128,16 @@ def hold_format(x: torch.Tensor, is_sum: bool) -> torch.Tensor:
 @torch.fx.wrap
 def _gelu(x: torch.Tensor, approximate: str) -> torch.Tensor:
     """ GELU, on a CPU by oneDNN, which torch calls for contiguous memory only."""
-    if not torch.jit.is_scripting():
+    if x.is_cpu and not torch.jit.is_scripting():
         # graphs that are recorded would keep the permutations
-        is_recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if x.device.type == 'cpu' and not is_recorded and _is_channels_last(x):
+        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()) and _is_channels_last(x):
             return F.gelu(x.permute(0, 2, 3, 1), approximate=approximate).permute(0, 3, 1, 2)
     return F.gelu(x, approximate=approximate)
 
 
 def _has_square_kernels(x: torch.Tensor, size: int) -> bool:
     """ Whether in channels_last cuDNN has fast depthwise kernels for such features, which are square and small."""
-    is_half = x.dtype == torch.float16 or x.dtype == torch.bfloat16
-    return x.is_cuda and is_half and size % 2 == 1 and size <= 7
+    return x.is_cuda and (x.dtype == torch.float16 or x.dtype == torch.bfloat16) and size % 2 == 1 and size <= 7
 
 
 @torch.fx.wrap
@@ -154,14 +152,26 @@ def to_square_format(x: torch.Tensor, size: int) -> torch.Tensor:
 
 
 @torch.fx.wrap
-def _axis_weight(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """ Depthwise 1 x k or k x 1 kernels for features, with zeros around them where square kernels are fast."""
-    height, width = weight.shape[2], weight.shape[3]
+def _axis_conv(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: Optional[torch.Tensor],
+        kernel_size: Tuple[int, int],
+        groups: int,
+) -> torch.Tensor:
+    """ Depthwise 1 x k or k x 1 convolution; where square kernels are fast, with zeros around the kernels.
+
+    One image on a GPU waits for Python: what costs least to ask comes first, and padding is given in numbers.
+    """
+    height, width = kernel_size
     size = height * width  # one of them is 1
     if _has_square_kernels(x, size) and _is_channels_last(x):
         above, before = (size - height) // 2, (size - width) // 2
-        return F.pad(weight, [before, before, above, above])
-    return weight
+        weight = F.pad(weight, [before, before, above, above])
+        height, width = size, size
+    if size % 2 == 0:  # asymmetric
+        return F.conv2d(x, weight, bias, padding='same', groups=groups)
+    return F.conv2d(x, weight, bias, (1, 1), (height // 2, width // 2), (1, 1), groups)
 
 
 @torch.fx.wrap
@@ -172,7 +182,7 @@ def _row_conv(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor
     """
     N, C, H, W = x.shape
     if x.device.type != 'cpu' or not has_known_size(x):
-        return F.conv2d(x, _axis_weight(x, weight), bias, padding='same', groups=C)
+        return _axis_conv(x, weight, bias, (1, weight.shape[3]), C)
     x = x.permute(0, 2, 3, 1).reshape(N * H, W, 1, C).permute(0, 3, 1, 2)
     x = F.conv2d(x, weight.transpose(2, 3), bias, padding='same', groups=C)
     return x.permute(0, 2, 3, 1).reshape(N, H, W, C).permute(0, 3, 1, 2)
@@ -243,4 +253,4 @@ class AxisConv2d(nn.Conv2d):
             return self._conv_forward(x, self.weight, self.bias)
         if self.training and self.kernel_size[0] == 1 and not is_symbolic(x):
             return _row_conv(x, self.weight, self.bias)
-        return self._conv_forward(x, _axis_weight(x, self.weight), self.bias)
+        return _axis_conv(x, self.weight, self.bias, self.kernel_size, self.groups)
