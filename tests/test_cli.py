@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
+import torch
 from conftest import BASELINES, SPLITMIXERS
 from PIL import Image, ImageOps
 
 from splitmixer_timm import cli, manifest
 from splitmixer_timm.convmixer import ARCHITECTURES
-from splitmixer_timm.predict import load_image
+from splitmixer_timm.predict import Classifier, classify, load_image
 
 EXAMPLE = Path(__file__).parent / 'assets' / 'airplane.png'
 NAME = 'splitmixer_i_256_8.cifar10'
@@ -40,13 +41,15 @@ def run(capsys, monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    """ Three images of different kinds, one of them below another folder, and a file that is none."""
+    """ Three images of different kinds, one of them below another folder, a file that is none, and a folder
+    that is called as one."""
     folder = tmp_path / 'images'
     (folder / 'below').mkdir(parents=True)
     shutil.copy(EXAMPLE, folder / 'a.png')
     Image.open(EXAMPLE).convert('L').save(folder / 'b.jpg')
     Image.open(EXAMPLE).convert('RGBA').save(folder / 'below' / 'c.WEBP')
     (folder / 'notes.txt').write_text('no image')
+    (folder / 'd.png').mkdir()
     return folder
 
 
@@ -202,7 +205,7 @@ class TestPredict:
         assert (status, err) == (1, 'splitmixer-timm: BMW/photo_2.png: no such file\n')
         assert out.startswith('BMW/photo_1.png\n')
 
-    @pytest.mark.parametrize('data', [b'', b'\x00\xff\x00', b'\x89PNG broken \xff'])
+    @pytest.mark.parametrize('data', [b'', b'\x00\xff\x00', b'\x89PNG broken \xff', b'a.png\0b.png\0'])
     def test_stdin_neither(self, run, data):
         status, _, err = run('predict', '-', stdin=data)
         assert status == 2
@@ -228,6 +231,8 @@ class TestPredict:
         assert status == 1
         assert out.startswith(str(EXAMPLE))
         assert 'too long' in err
+        assert err.startswith(f'splitmixer-timm: {images[0]}: ')
+        assert err.count(images[0]) == 1
 
     def test_image_too_large_to_decode(self, run, monkeypatch):
         monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1000)
@@ -284,8 +289,13 @@ class TestPredict:
         gray.convert('I').save(tmp_path / 'a.tif')
         assert load_image(tmp_path / 'a.tif').tobytes() == gray.convert('RGB').tobytes()
 
+    def test_dark_16_bits(self, tmp_path):
+        """ An image of 16 bits that is nearly black is not taken for one of 8."""
+        Image.new('I;16', (8, 8), 200).save(tmp_path / 'a.tif')
+        assert load_image(tmp_path / 'a.tif').getextrema() == ((0, 0),) * 3
+
     @pytest.mark.parametrize(('mode', 'value', 'words'), [
-        ('F', 0.5, 'floating point'), ('I', 70_000, 'from 70000 to 70000'), ('I', -1, 'from -1 to -1')])
+        ('F', 0.5, 'floating point'), ('I', 65_536, 'from 65536 to 65536'), ('I', -1, 'from -1 to -1')])
     def test_no_range_of_values(self, run, tmp_path, mode, value, words):
         Image.new(mode, (32, 32), value).save(tmp_path / 'a.tif')
         status, out, err = run('predict', tmp_path / 'a.tif')
@@ -312,6 +322,33 @@ class TestPredict:
         status, out, err = run('predict', EXAMPLE, '--model', f'local-dir:{tmp_path}')
         assert (status, out) == (2, '')
         assert 'cannot load local-dir' in err
+
+    @pytest.mark.parametrize('names', [list('abc'), list('abcde'), 'abcd'])
+    def test_names_of_other_classes(self, tmp_path, names):
+        """ As the config of a model of timm's may keep them; ours are built without."""
+        model = timm.create_model('test_resnet', num_classes=4)
+        timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+        config = json.loads((tmp_path / 'config.json').read_text())
+        for given, labels in ((list('abcd'), tuple('abcd')), (names, None)):
+            (tmp_path / 'config.json').write_text(json.dumps({**config, 'label_names': given}))
+            assert Classifier(f'local-dir:{tmp_path}').labels == labels
+
+    def test_batches(self):
+        """ Of no more images than asked for, whatever there are, and nothing is kept for gradients."""
+        classifier = Classifier(NAME)
+        seen = []
+        classifier.model.register_forward_pre_hook(
+            lambda model, args: seen.append((len(args[0]), torch.is_grad_enabled())))
+        assert len(list(classify(classifier, [EXAMPLE] * 5, topk=1, batch_size=2))) == 5
+        assert seen == [(2, False), (2, False), (1, False)]
+
+    def test_inputs_are_on_the_device(self):
+        classifier = Classifier(NAME, 'meta')
+        seen = []
+        classifier.model.register_forward_pre_hook(lambda model, args: seen.append(args[0].device.type))
+        with pytest.raises(RuntimeError):  # there are no answers on it
+            list(classify(classifier, [EXAMPLE], topk=1, batch_size=1))
+        assert seen == ['meta']
 
     def test_gray_model(self, run, tmp_path):
         timm.models.save_for_hf(
