@@ -136,8 +136,8 @@ class TestVerifyData:
         with pytest.raises(ValueError, match='name them by number'):
             evaluate(f'splitmixer_i_256_8_ks7_p7{tag}', tmp_path / 'flowers102' / 'validation')
 
-    @pytest.mark.parametrize('damage', ['no image', 'a part', 'a link to nothing'])
-    def test_damaged_image(self, tmp_path, damage):
+    @pytest.mark.parametrize('damage', ['no image', 'a part', 'a link to nothing', 'too large'])
+    def test_damaged_image(self, tmp_path, monkeypatch, damage):
         """ timm would take the next one once more in place of it."""
         for name in manifest.label_names('cifar10'):
             (tmp_path / name).mkdir()
@@ -146,6 +146,9 @@ class TestVerifyData:
         if damage == 'a link to nothing':
             file.unlink()
             file.symlink_to(tmp_path / 'nothing')
+        elif damage == 'too large':  # for which Pillow has an error of its own
+            monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 32 * 32)
+            Image.new('RGB', (64, 64)).save(file)
         else:
             file.write_bytes(b'none' if damage == 'no image' else file.read_bytes()[:400])
         for workers in (0, 1):
@@ -162,6 +165,28 @@ class TestVerifyData:
         assert f'FAILED  {NAME}  not measured: data_dir must have 10 class folders' in out
         assert out.endswith('0 of 1 models measured, 1 failed\n')
 
+    @pytest.mark.parametrize('count', [9, 11])
+    def test_number_of_classes(self, tmp_path, count):
+        for n in range(count):
+            (tmp_path / str(n)).mkdir()
+            Image.new('RGB', (32, 32)).save(tmp_path / str(n) / '0.png')
+        with pytest.raises(ValueError, match=f'must have 10 class folders for {NAME}, got {count}'):
+            evaluate(NAME, tmp_path)
+
+    def test_images_are_on_the_device(self, tmp_path, monkeypatch):
+        seen = []
+
+        def answer(self, x):
+            seen.append(x.device.type)
+            return torch.zeros(len(x), 10)
+
+        monkeypatch.setattr(SplitMixer, 'forward', answer)
+        for name in manifest.label_names('cifar10'):
+            (tmp_path / name).mkdir()
+            Image.new('RGB', (32, 32)).save(tmp_path / name / '0.png')
+        evaluate(NAME, tmp_path, 'meta', workers=0)
+        assert seen == ['meta']
+
     @pytest.mark.parametrize('batch_size', [30, 7])
     def test_a_constant_answer_is_chance(self, tmp_path, monkeypatch, batch_size):
         """ Counting is by label: a model that always says the same is right for one class in ten, whatever is left for
@@ -171,6 +196,8 @@ class TestVerifyData:
             pretrained_cfg = dict(input_size=(3, 32, 32))
 
             def forward(self, x):
+                assert not self.training
+                assert not torch.is_grad_enabled()
                 return torch.arange(10.).flip(0).expand(len(x), 10)
 
         monkeypatch.setattr('splitmixer_timm.evaluate.create_model', lambda *args, **kwargs: Constant())
