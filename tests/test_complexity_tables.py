@@ -94,12 +94,21 @@ class TestActivations:
         (nn.Sequential(nn.Conv2d(3, 8, 1), nn.GELU()), (3 + 8) * 64),
         (nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU()), (3 + 8) * 64),  # its output
         (nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 5, 1)), (3 + 8) * 64),  # one tensor, kept by two
+        # by one of them as seen in another shape
+        (nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64, 7)), (3 + 8) * 64),
         (nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)), (3 + 8) * 64),
         (nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 7)), 3 * 64),
     ])
     def test_by_hand(self, model, expected):
         assert measure_activation_bytes(model, (3, 8, 8)) == 4 * expected
         assert measure_activation_bytes(model.half(), (3, 8, 8)) == 2 * expected
+
+    def test_in_eval_mode(self):
+        """ It is training that is counted, whatever mode the model is in: dropout keeps what it dropped."""
+        model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Dropout(0.5))
+        expected = measure_activation_bytes(model, (3, 8, 8))
+        assert expected > 4 * 3 * 64
+        assert measure_activation_bytes(model.eval(), (3, 8, 8)) == expected
 
     def test_splitmixer(self):
         """ Each of three convolutions a block, and the stem's, keeps the inputs of itself, its activation, its norm."""

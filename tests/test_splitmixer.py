@@ -280,6 +280,16 @@ class TestPaperFigures:
         model = timm.create_model(name, device='meta')
         assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == millions
 
+    def test_no_pooling(self):
+        pooled, plain = (self.measure(32, num_classes=0, global_pool=kind).paper_flops for kind in ('avg', ''))
+        assert pooled - plain == 256 * 16 * 16
+
+    def test_of_any_type_and_frozen(self):
+        model = SplitMixer(16, 1)
+        expected = measure_complexity(model, (3, 8, 8))
+        assert measure_complexity(model.half(), (3, 8, 8)) == expected
+        assert measure_complexity(model.requires_grad_(False), (3, 8, 8)) == expected
+
     def test_counting_leaves_the_model_alone(self):
         model = SplitMixer(16, 1).train()
         measure_complexity(model, (3, 8, 8))
