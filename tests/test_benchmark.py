@@ -7,10 +7,13 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import types
+import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
@@ -99,6 +102,8 @@ def test_commit(tmp_path, monkeypatch):
     new.unlink()
     script.write_text('2')
     assert benchmark.commit() == f'{clean}+changes'
+    monkeypatch.setenv('PATH', str(tmp_path))  # where there is no git
+    assert benchmark.commit() == ''
 
 
 @pytest.fixture
@@ -123,6 +128,14 @@ def measured(monkeypatch):
 
 def rows_of(results):
     return list(Results(results.path).rows.values())
+
+
+@pytest.mark.parametrize(('cuda', 'mps', 'expected'), [
+    (True, True, 'cuda'), (True, False, 'cuda'), (False, True, 'mps'), (False, False, 'cpu')])
+def test_default_device(monkeypatch, cuda, mps, expected):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: mps)
+    assert benchmark.default_device() == expected
 
 
 class TestTable3:
@@ -172,6 +185,7 @@ class TestPaperProtocol:
         images = make_images(settings)
         assert (images.shape, images.dtype) == ((64, 3, 224, 224), torch.float32)
         assert Subject(ROWS[0], settings, images).measure()[0] == pytest.approx(6400 / (100 * 0.08))
+        assert len(probe.calls) == 100
 
     def test_cuda_events(self, monkeypatch):
         """ Which calls are made around the work on a GPU; stand-ins for the events record them."""
@@ -195,6 +209,15 @@ class TestPaperProtocol:
         assert benchmark.seconds(lambda: calls.append('work'), torch.device('cuda')) == 0.25
         assert calls == [
             'event', 'event', 'event 0 recorded', 'work', 'event 1 recorded', 'synchronised', 'event 0 to event 1']
+
+    def test_mps(self, monkeypatch):
+        """ It works on after a call returns: the clock is read when it has done all."""
+        calls = []
+        monkeypatch.setattr(torch.mps, 'synchronize', lambda: calls.append('synchronised'))
+        monkeypatch.setattr(
+            benchmark, 'time', types.SimpleNamespace(perf_counter=lambda: calls.append('clock') or len(calls)))
+        benchmark.seconds(lambda: calls.append('work'), torch.device('mps'))
+        assert calls == ['synchronised', 'clock', 'work', 'synchronised', 'clock']
 
     @pytest.mark.parametrize(('change', 'words'), [
         (dict(precision='bf16'), "precision at 'fp32', got 'bf16'"), (dict(batch_size=8), 'batch_size at 64, got 8'),
@@ -235,12 +258,29 @@ class TestPaperProtocol:
         set_to = []
         monkeypatch.setattr(torch, 'get_num_threads', lambda: 3)
         monkeypatch.setattr(torch, 'set_num_threads', set_to.append)
-        monkeypatch.setattr(benchmark.signal, 'signal', lambda *args: None)
+        handled = []
+        monkeypatch.setattr(benchmark.signal, 'signal', lambda *args: handled.append(args))
         monkeypatch.setattr(benchmark, 'Subject', lambda *args: types.SimpleNamespace(measure=lambda: (1., {})))
         context = types.SimpleNamespace(Pipe=multiprocessing.Pipe, Process=InThisProcess)
         monkeypatch.setattr(multiprocessing, 'get_context', lambda kind: context)
         assert benchmark.measure_alone(ROWS[0], TINY) == (1., {})
         assert set_to == [3]
+        assert handled == [(signal.SIGINT, signal.SIG_IGN)]  # Ctrl-C is for the parent
+
+    def test_interrupt_ends_the_process(self, monkeypatch):
+        """ Which would measure to its end, and be waited for."""
+        def interrupt():
+            raise KeyboardInterrupt
+
+        done = []
+        child = types.SimpleNamespace(
+            start=lambda: None, kill=lambda: done.append('killed'), join=lambda: done.append('joined'))
+        pipe = types.SimpleNamespace(recv=interrupt), types.SimpleNamespace(close=lambda: None)
+        context = types.SimpleNamespace(Pipe=lambda duplex: pipe, Process=lambda **kwargs: child)
+        monkeypatch.setattr(multiprocessing, 'get_context', lambda kind: context)
+        with pytest.raises(KeyboardInterrupt):
+            benchmark.measure_alone(ROWS[0], TINY)
+        assert done == ['killed', 'joined']
 
     def test_process_that_dies(self, monkeypatch):
         monkeypatch.setattr(benchmark, '_measure_in_child', die)
@@ -264,6 +304,13 @@ class TestFlags:
         with backend_flags(Settings(protocol, precision=precision)):
             assert state() == ('high' if tf32 else 'highest', tf32, protocol == 'steady', True)
         assert state() == before
+
+    def test_on_the_device_asked_for(self, monkeypatch):
+        """ Events are of the current device, which is the first one where none is made so."""
+        current = []
+        monkeypatch.setattr(torch.cuda, 'device', lambda name: current.append(name) or nullcontext())
+        with backend_flags(Settings(device='cuda:1')), backend_flags(TINY):
+            assert current == ['cuda:1']
 
     @pytest.mark.compile
     def test_every_model_is_compiled(self, monkeypatch):
@@ -296,10 +343,47 @@ class TestSteady:
         assert (details['warm_up'], details['stable']) == ('2', 'yes')
 
     def test_warm_up_until_stable(self, probe, clock):
+        """ Once, whatever is measured then."""
         subject = Subject(ROWS[0], TINY, make_images(TINY))
-        clock(9., 5., 3., 2., 1.95, 1.)
+        clock(9., 5., 3., 2.12, 2., 1.95, 1.)
+        for n in (1, 2):
+            subject.measure()
+            assert (subject.is_stable, subject.warm_up_batches) == (True, 6)
+            assert len(probe.calls) == 6 + n * TINY.batches
+
+    @pytest.mark.parametrize(('batches', 'window'), [(40, 4), (2, 1)])
+    def test_warm_up_of_a_gpu(self, probe, clock, batches, window):
+        """ Until three windows take the same; a batch before each repeat, for other models ran since."""
+        settings = replace(TINY, batches=batches)
+        subject = Subject(ROWS[0], settings, make_images(settings))
+        subject.device = torch.device('cuda')
+        clock(9., 5., 2., 2., 3., 2.9, 2.95, 1.)
         subject.warm_up()
-        assert (subject.is_stable, subject.warm_up_batches) == (True, 5)
+        assert (subject.is_stable, subject.warm_up_batches) == (True, 7 * window)
+        clock(1.)
+        probe.calls.clear()
+        assert subject.rate() == batches * TINY.batch_size
+        assert len(probe.calls) == 1 + batches
+
+    def test_memory_of_a_gpu(self, probe, monkeypatch):
+        """ The peak of this model alone, whatever others hold; the processes beside it before or after."""
+        images = make_images(TINY)
+        subject = Subject(ROWS[0], TINY, images)
+        assert subject.own_memory == images.nbytes
+        subject.device, subject.is_stable, subject.own_memory = torch.device('cuda'), True, 30 * 2**20
+        reset = []
+        monkeypatch.setattr(torch.cuda, 'memory_allocated', lambda device: (105 if reset else 100) * 2**20)
+        monkeypatch.setattr(torch.cuda, 'reset_peak_memory_stats', reset.append)
+        monkeypatch.setattr(torch.cuda, 'max_memory_allocated', lambda device: (110 if reset else 500) * 2**20)
+        monkeypatch.setattr(subject, 'rate', lambda: 1.)
+        for others in (('0', '2'), ('2', '0')):
+            states = iter([dict(other_processes=count, sm_mhz='1500', sm_mhz_max='1980') for count in others])
+            monkeypatch.setattr(benchmark, 'gpu_state', lambda device, states=states: next(states))
+            details = subject.measure()[1]
+            assert (details['peak_memory_mib'], details['other_processes']) == ('40.0', '2')
+            assert subject.own_memory == 35 * 2**20  # with what came to it
+            reset.clear()
+            subject.own_memory = 30 * 2**20
 
     def test_never_stable(self, probe, clock):
         subject = Subject(ROWS[0], TINY, make_images(TINY))
@@ -337,6 +421,12 @@ class TestSteady:
         assert probe.weight.dtype == torch.float16
         assert make_images(replace(TINY, precision='fp16', mode='train')).dtype == torch.float32
 
+    def test_memory_format_is_that_of_the_network(self):
+        settings = replace(TINY, memory_format='channels_last')
+        weight = Subject(ROWS[0], settings, make_images(settings)).step.func.stem[0].weight
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+        assert not weight.is_contiguous()
+
     def test_images_are_those_of_other_processes(self):
         assert torch.equal(make_images(TINY), make_images(TINY))
 
@@ -366,6 +456,7 @@ class TestSteady:
         monkeypatch.setattr(timm, 'create_model', lambda *args, **kwargs: Learner())
         settings = replace(TINY, mode='train', precision=precision, memory_format='channels_last')
         subject = Subject(ROWS[0], settings, make_images(settings))
+        assert type(subject.step.args[1]) is torch.optim.SGD
         for _ in range(3):
             subject.step()
             gradients.append(subject.step.args[0].weight.grad.item())
@@ -409,6 +500,9 @@ class TestResume:
         assert len(measured) == 5
         assert rows_of(results)[0]['commit'] == now
         assert len(rows_of(results)[0]['rates'].split()) == 3
+        monkeypatch.setattr(benchmark, 'commit', lambda: 'c')
+        run(ROWS[:1], replace(TINY, repeats=2), results)  # fewer than there are
+        assert len(measured) == 5
 
     @pytest.mark.parametrize(('change', 'overwrite'), [(dict(), True), (dict(batches=1), False)])
     def test_replaces(self, results, measured, change, overwrite):
@@ -460,11 +554,13 @@ class TestResume:
         assert (len(measured), len(row['rates'].split()), row['threads']) == (6, 3, str(threads + 1))
 
     def test_failing_row(self, results, measured, monkeypatch):
-        """ It is recorded, the others go on, and the next run tries it again."""
-        rate = Subject.rate
+        """ It is recorded, the others go on with the memory that it took, and the next run tries it again."""
+        rate, subjects, kept = Subject.rate, [], []
 
         def exhausted(self):
+            kept.append(any(subject() for subject in subjects))
             if self.params == 701_542 and len(measured) > 1:
+                subjects.append(weakref.ref(self))
                 raise torch.OutOfMemoryError('tried to allocate 9 GiB of /opt/someone/device')
             return rate(self)
 
@@ -474,6 +570,7 @@ class TestResume:
         assert failed['error'] == 'out of memory: tried to allocate 9 GiB of <path>'
         assert (len(failed['rates'].split()), failed['params'], failed['timer']) == (1, '701542', 'wall clock')
         assert (other['error'], len(other['rates'].split())) == ('', 3)
+        assert (len(subjects), any(kept)) == (1, False)
         monkeypatch.setattr(Subject, 'rate', rate)
         assert run(ROWS, TINY, results) == 0
         assert [(row['error'], len(row['rates'].split())) for row in rows_of(results)] == [('', 3)] * 2
@@ -560,8 +657,10 @@ class TestNvml:
             NVMLError=RuntimeError, NVML_CLOCK_SM=1, nvmlInit=lambda: None, pids=[os.getpid()],
             nvmlSystemGetDriverVersion=lambda: '580.1', nvmlDeviceGetHandleByUUID={'GPU-1234': 'gpu'}.__getitem__,
             nvmlDeviceGetClockInfo=lambda gpu, clock: 1500, nvmlDeviceGetMaxClockInfo=lambda gpu, clock: 1980,
-            nvmlDeviceGetGraphicsRunningProcesses=lambda gpu: [])
-        nvml.nvmlDeviceGetComputeRunningProcesses = lambda gpu: [types.SimpleNamespace(pid=pid) for pid in nvml.pids]
+            drawing=[])
+        for kind, name in (('Compute', 'pids'), ('Graphics', 'drawing')):
+            setattr(nvml, f'nvmlDeviceGet{kind}RunningProcesses', lambda gpu, name=name: [
+                types.SimpleNamespace(pid=pid) for pid in getattr(nvml, name)])
         monkeypatch.setitem(sys.modules, 'pynvml', nvml)
         monkeypatch.setattr(
             torch.cuda, 'get_device_properties', lambda device: types.SimpleNamespace(uuid='1234'))
@@ -574,6 +673,21 @@ class TestNvml:
         nvml.pids = pids
         assert benchmark.gpu_state(torch.device('cuda')) == dict(
             driver='580.1', other_processes=others, sm_mhz='1500', sm_mhz_max='1980')
+
+    def test_processes_that_draw(self, nvml):
+        nvml.drawing = [7, os.getpid()]
+        assert benchmark.gpu_state(torch.device('cuda'))['other_processes'] == '1'
+
+    @pytest.mark.parametrize(('cuda', 'hip'), [('13.0', None), (None, '7.1')])
+    def test_versions(self, nvml, monkeypatch, cuda, hip):
+        """ The number of threads is that of a CPU, the libraries' versions those of a GPU."""
+        monkeypatch.setattr(torch.version, 'cuda', cuda)
+        monkeypatch.setattr(torch.version, 'hip', hip)
+        monkeypatch.setattr(torch.backends.cudnn, 'version', lambda: 92000)
+        on_gpu, on_cpu = (benchmark.describe_versions(torch.device(name)) for name in ('cuda', 'cpu'))
+        names = 'threads', 'driver', 'cuda', 'cudnn'
+        assert [on_gpu[name] for name in names] == ['', '580.1', cuda or hip, '92000']
+        assert [on_cpu[name] for name in names] == [str(torch.get_num_threads()), '', '', '']
 
     def test_what_it_does_not_tell(self, nvml, monkeypatch):
         def refuse(*args):
