@@ -516,14 +516,16 @@ class Results:
 
 def _rates_to_keep(old: Optional[Dict[str, str]], settings: Settings, origin: Dict[str, str]) -> List[float]:
     """ Repeats of an earlier run, by as many threads, that count: of a whole row always, of part of one if nothing
-    changed since."""
+    changed since. A row that failed is never whole."""
     if old is None or old['batches'] != str(settings.batches) or old['threads'] != origin['threads']:
         return []
     rates = [float(rate) for rate in old['rates'].split()]
     is_whole = len(rates) >= settings.repeats and not old['error']
     is_known = not origin['commit'].endswith('+changes')  # else the code may be another with each call
     is_same = is_known and all(old[name] == origin[name] for name in ('commit', *VERSIONS))
-    return rates if is_whole or is_same else []
+    if is_whole:
+        return rates
+    return rates[:settings.repeats - 1] if is_same else []
 
 
 def run(rows: Sequence[Row], settings: Settings, results: Results, overwrite: bool = False) -> int:

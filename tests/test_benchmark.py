@@ -575,6 +575,24 @@ class TestResume:
         assert run(ROWS, TINY, results) == 0
         assert [(row['error'], len(row['rates'].split())) for row in rows_of(results)] == [('', 3)] * 2
 
+    def test_fewer_repeats_than_a_failed_row_has(self, results, measured, monkeypatch):
+        """ It is tried again: it would else stay as failed, and the run answer that none is."""
+        rate = Subject.rate
+
+        def exhausted(self):
+            if len(measured) > 2:
+                raise torch.OutOfMemoryError
+            return rate(self)
+
+        monkeypatch.setattr(Subject, 'rate', exhausted)
+        assert run(ROWS[:1], TINY, results) == 1
+        fewer = replace(TINY, repeats=2)
+        assert run(ROWS[:1], fewer, results) == 1
+        monkeypatch.setattr(Subject, 'rate', rate)
+        assert run(ROWS[:1], fewer, results) == 0
+        row, = rows_of(results)
+        assert (len(measured), row['error'], len(row['rates'].split())) == (5, '', 2)
+
     def test_one_file_of_several(self, results):
         """ Each process keeps what the others have put since it read the file."""
         others = [Results(results.path) for _ in range(4)]
