@@ -149,8 +149,8 @@ def explained(repo_id: str, revision: Optional[str] = None) -> Iterator[None]:
         yield
     except HubError:
         raise
-    except (EntryNotFoundError, HFValidationError, OSError, RuntimeError, SafetensorError, TransportError,
-            XetDownloadError, json.JSONDecodeError) as e:
+    except (EntryNotFoundError, HFValidationError, ImportError, OSError, RuntimeError, SafetensorError, TransportError,
+            XetDownloadError, json.JSONDecodeError) as e:  # ImportError: of what a SOCKS proxy needs
         raise HubError(f'{repo_id}: {_without_secrets(_reason(e, revision))}.') from e
 
 

@@ -24,6 +24,7 @@ from conftest import BASELINES, ROOT, SPLITMIXERS
 from hub_server import HubServer, use_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.utils import _http
 from safetensors import safe_open
 from safetensors.torch import load, load_file
 from torch import nn
@@ -803,6 +804,17 @@ class TestErrors:
         with pytest.raises(HubError, match='cannot be reached'):
             push_to_hub(model, REPO, token=TOKEN)
         assert time.monotonic() - began < 20
+
+    def test_proxy_that_the_client_cannot_use(self, server, monkeypatch):
+        """ SOCKS needs a package that does not come with the client; where it is there, nobody listens."""
+        for name in ('NO_PROXY', 'no_proxy'):
+            monkeypatch.setenv(name, '')
+        monkeypatch.setenv('HTTP_PROXY', 'socks5://127.0.0.1:9')
+        monkeypatch.setattr(_http, '_GLOBAL_CLIENT', None)
+        for call in (partial(push_to_hub, create(), REPO, token=TOKEN), partial(pull_from_hub, REPO)):
+            with pytest.raises(HubError, match='(?i)socks|cannot be reached') as error:
+                call()
+            told(error)
 
     def test_offline(self, server, monkeypatch):
         push_to_hub(create(), REPO, token=TOKEN)
