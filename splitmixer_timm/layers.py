@@ -13,9 +13,9 @@ from timm.layers import register_notrace_module
 from torch.utils._device import DeviceContext
 
 __all__ = [
-    'AxisConv2d', 'ChannelsLastGELU', 'count_dispatch_modes', 'has_known_size', 'has_modes', 'hold_format',
-    'interleave', 'is_everything_watched', 'is_pointwise', 'is_symbolic', 'is_transformed', 'is_watched',
-    'pack_segments', 'separate_convs', 'take_segment', 'to_fast_format', 'to_square_format', 'unpack_segments',
+    'AxisConv2d', 'ChannelsLastGELU', 'count_dispatch_modes', 'grouped_conv', 'has_known_size', 'has_modes',
+    'hold_format', 'interleave', 'is_everything_watched', 'is_pointwise', 'is_symbolic', 'is_transformed', 'is_watched',
+    'pack_segments', 'take_segment', 'to_fast_format', 'to_square_format', 'unpack_segments',
 ]
 
 # torch has no public way to ask this; without the answer vmap fails where the memory format is asked for
@@ -204,17 +204,9 @@ def unpack_segments(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return x.reshape(N, C, H, W)
 
 
-def separate_convs(
-        x: torch.Tensor,
-        weights: List[torch.Tensor],
-        biases: List[torch.Tensor],
-        sizes: List[int],
-) -> torch.Tensor:
-    """ A pointwise convolution for each segment, on a CPU one grouped convolution where the segments are equal."""
-    if x.device.type == 'cpu' and sizes[0] == sizes[-1]:
-        return F.conv2d(x, torch.cat(weights), torch.cat(biases), groups=len(sizes))
-    segments = x.split(sizes, dim=1)
-    return torch.cat([F.conv2d(segments[i], weights[i], biases[i]) for i in range(len(sizes))], dim=1)
+def grouped_conv(x: torch.Tensor, weights: List[torch.Tensor], biases: List[torch.Tensor]) -> torch.Tensor:
+    """ Pointwise convolutions of equal segments as one."""
+    return F.conv2d(x, torch.cat(weights), torch.cat(biases), groups=len(weights))
 
 
 @torch.fx.wrap

@@ -178,12 +178,12 @@ class SegmentMixing(nn.Module):
         if self.is_first and self.is_last:
             return self.conv(x)
         if self.is_first:
-            segment, after = x.split(self.sizes[1:], dim=1)
+            segment, after = x.split_with_sizes(self.sizes[1:], dim=1)
             return torch.cat((self.conv(segment), after), dim=1)
         if self.is_last:
-            before, segment = x.split(self.sizes[:2], dim=1)
+            before, segment = x.split_with_sizes(self.sizes[:2], dim=1)
             return torch.cat((before, self.conv(segment)), dim=1)
-        before, segment, after = x.split(self.sizes, dim=1)
+        before, segment, after = x.split_with_sizes(self.sizes, dim=1)
         return torch.cat((before, self.conv(segment), after), dim=1)
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
@@ -228,12 +228,13 @@ class SeparateSegmentMixing(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            # the weights of several at once are one convolution, that calls none of them
-            is_alone = all(map(layers.is_pointwise, self.convs, self.sizes)) and not layers.is_everything_watched()
-            if is_alone and not layers.is_symbolic(x):
-                return layers.separate_convs(
-                    x, [conv.weight for conv in self.convs], [conv.bias for conv in self.convs], self.sizes)
-        segments = x.split(self.sizes, dim=1)
+            # on a CPU one convolution, that calls none of them; whether that can be told takes longest to ask
+            if (
+                    not layers.is_symbolic(x) and x.is_cpu and self.sizes[0] == self.sizes[-1]
+                    and all(map(layers.is_pointwise, self.convs, self.sizes)) and not layers.is_everything_watched()
+            ):
+                return layers.grouped_conv(x, [conv.weight for conv in self.convs], [conv.bias for conv in self.convs])
+        segments = x.split_with_sizes(self.sizes, dim=1)
         maps = [segments[i] for i in range(len(self.sizes))]
         for conv in self.convs:  # in turn: a list of convolutions TorchScript would fuse to what inference mode refuses
             maps = maps[1:] + [conv(maps[0])]
