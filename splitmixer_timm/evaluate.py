@@ -38,7 +38,8 @@ class _Images(Dataset):
     def __getitem__(self, index: int) -> Tuple[Union[torch.Tensor, str], int]:
         try:
             file, target = self.dataset.reader[index]
-            image = Image.open(file).convert(self.dataset.input_img_mode)
+            with file, Image.open(file) as image:
+                image = image.convert(self.dataset.input_img_mode)
         except Exception as e:  # a damaged file makes Pillow's decoders raise nearly anything
             reason = ' '.join(str(e).split()) or type(e).__name__
             return f'{self.dataset.filename(index, absolute=True)} cannot be read: {reason}', -1

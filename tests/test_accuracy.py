@@ -6,6 +6,7 @@ import timm
 import torch
 from conftest import HAS_COMPILER, real_images
 from PIL import Image
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import nn
 
 from splitmixer_timm import SplitMixer, cli, manifest, optimize_for_inference
@@ -186,6 +187,22 @@ class TestVerifyData:
             Image.new('RGB', (32, 32)).save(tmp_path / name / '0.png')
         evaluate(NAME, tmp_path, 'meta', workers=0)
         assert seen == ['meta']
+
+    def test_files_are_closed(self, tmp_path, monkeypatch):
+        files = []
+        read = ReaderImageFolder.__getitem__
+
+        def recorded(self, index):
+            file, target = read(self, index)
+            files.append(file)
+            return file, target
+
+        monkeypatch.setattr(ReaderImageFolder, '__getitem__', recorded)
+        for name in manifest.label_names('cifar10'):
+            (tmp_path / name).mkdir()
+            Image.new('RGB', (32, 32)).save(tmp_path / name / '0.png')
+        assert evaluate(NAME, tmp_path, workers=0).images == 10
+        assert [file.closed for file in files] == [True] * 10
 
     @pytest.mark.parametrize('batch_size', [30, 7])
     def test_a_constant_answer_is_chance(self, tmp_path, monkeypatch, batch_size):
