@@ -13,8 +13,8 @@ from timm.layers import register_notrace_module
 from torch.utils._device import DeviceContext
 
 __all__ = [
-    'AxisConv2d', 'ChannelsLastGELU', 'count_dispatch_modes', 'grouped_conv', 'has_known_size', 'has_modes',
-    'hold_format', 'interleave', 'is_everything_watched', 'is_pointwise', 'is_symbolic', 'is_transformed', 'is_watched',
+    'AxisConv2d', 'ChannelsLastGELU', 'count_dispatch_modes', 'has_known_size', 'has_modes', 'hold_format',
+    'interleave', 'is_everything_watched', 'is_pointwise', 'is_symbolic', 'is_transformed', 'is_watched',
     'pack_segments', 'take_segment', 'to_fast_format', 'to_square_format', 'unpack_segments',
 ]
 
@@ -202,11 +202,6 @@ def unpack_segments(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if _is_channels_last(like):
         return x.permute(0, 2, 3, 1).reshape(N, H, W, C).permute(0, 3, 1, 2)
     return x.reshape(N, C, H, W)
-
-
-def grouped_conv(x: torch.Tensor, weights: List[torch.Tensor], biases: List[torch.Tensor]) -> torch.Tensor:
-    """ Pointwise convolutions of equal segments as one."""
-    return F.conv2d(x, torch.cat(weights), torch.cat(biases), groups=len(weights))
 
 
 @torch.fx.wrap

@@ -228,12 +228,14 @@ class SeparateSegmentMixing(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            # on a CPU one convolution, that calls none of them; whether that can be told takes longest to ask
+            # on a CPU one grouped convolution, unless somebody would see that none of theirs is called
             if (
                     not layers.is_symbolic(x) and x.is_cpu and self.sizes[0] == self.sizes[-1]
                     and all(map(layers.is_pointwise, self.convs, self.sizes)) and not layers.is_everything_watched()
             ):
-                return layers.grouped_conv(x, [conv.weight for conv in self.convs], [conv.bias for conv in self.convs])
+                weight = torch.cat([conv.weight for conv in self.convs])
+                bias = torch.cat([conv.bias for conv in self.convs])
+                return nn.functional.conv2d(x, weight, bias, groups=len(self.convs))
         segments = x.split_with_sizes(self.sizes, dim=1)
         maps = [segments[i] for i in range(len(self.sizes))]
         for conv in self.convs:  # in turn: a list of convolutions TorchScript would fuse to what inference mode refuses
