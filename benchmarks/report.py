@@ -95,10 +95,9 @@ def speed_tables() -> str:
         results = reports.measured(rows, 'steady')
         if reports.is_papers(rows) and results:
             steady = list(results.values())
-            others = reports.other_processes(steady)
             parts += [
                 speed_table(results, steady[0]['device'], alike.get(steady[0]['device'])),
-                f'{reports.source(steady)}.{f" {others}." if others else ""}']
+                f'{reports.source(steady)}.']
     return '\n\n'.join(parts) or 'None of ours is measured yet.'
 
 

@@ -36,7 +36,7 @@ from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 from splitmixer_timm import SplitMixer, benchmark, fused, fused_cpu, splitmixer
-from splitmixer_timm.benchmark import SETTING, VERSIONS, Results, Row, Settings, Subject, make_images, seconds
+from splitmixer_timm.benchmark import GPU_LOAD, SETTING, VERSIONS, Results, Row, Settings, Subject, make_images, seconds
 from splitmixer_timm.cli import positive
 
 KINDS = {
@@ -71,7 +71,7 @@ class RooflineResults(Results):
     key = ('model', 'arguments', 'form', *SETTING, 'kind')
     columns = (
         *key, 'calls', 'bytes', 'operations', 'seconds', 'limit_seconds', 'copy_bytes_per_s', 'operations_per_s',
-        'error', 'date', 'commit', *VERSIONS)
+        *GPU_LOAD, 'error', 'date', 'commit', *VERSIONS)
 
 
 @dataclass
@@ -343,9 +343,10 @@ def main(argv: Optional[List[str]] = None) -> int:
         passes = args.passes or (2 if device.type == 'cpu' else 10)
         for row, form in tqdm(turns, unit='model', disable=None):
             try:
-                lines = measure(row, settings, images, ceilings, passes, form)
+                with benchmark.gpu_load(device) as load:
+                    lines = measure(row, settings, images, ceilings, passes, form)
             except Exception as e:
-                lines = [dict(kind=FORWARD, error=benchmark.describe_error(e))]
+                load, lines = {}, [dict(kind=FORWARD, error=benchmark.describe_error(e))]
                 failures += 1
                 print(f'{" ".join(row)}: {lines[0]["error"]}', file=sys.stderr)
             setting = (*row, form, *(common[name] for name in SETTING))
@@ -353,7 +354,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             for line in lines:
                 results.put({
                     **dict.fromkeys(results.columns, ''), **common,
-                    **dict(model=row[0], arguments=row[1], form=form), **line})
+                    **dict(model=row[0], arguments=row[1], form=form), **load, **line})
     print(results.path)
     return 1 if failures else 0
 

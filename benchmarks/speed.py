@@ -37,7 +37,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from splitmixer_timm import SplitMixer, benchmark, fuse_for_training, optimize_for_inference
-from splitmixer_timm.benchmark import VERSIONS, Results, Settings, build_model, make_images, seconds
+from splitmixer_timm.benchmark import GPU_LOAD, VERSIONS, Results, Settings, build_model, make_images, seconds
 from splitmixer_timm.cli import positive
 from splitmixer_timm.machine import has_bfloat16
 
@@ -64,7 +64,7 @@ class SpeedResults(Results):
     key = ('model', 'mode', 'precision', 'batch_size', 'img_size', 'memory', 'device', 'threads', 'form')
     columns = (
         *(name for name in key if name not in VERSIONS), 'seconds', 'fastest', 'slowest', 'turns', 'peak_memory_mib',
-        'difference', 'error', 'date', 'commit', *VERSIONS, *PACKAGES)
+        'difference', *GPU_LOAD, 'error', 'date', 'commit', *VERSIONS, *PACKAGES)
 
 
 def task_settings(task: Task, device: str, img_size: int) -> Settings:
@@ -218,15 +218,16 @@ def measure(name: str, task: Task, memory: str, device: str, turns: int, threads
                 work[form] = partial(several, step, calls), calls, []
             except Exception as e:
                 row['error'] = benchmark.describe_error(e)
-        for _ in range(turns):
-            for turn, calls, samples in work.values():
-                samples.append(seconds(turn, images.device) / calls)
+        with benchmark.gpu_load(images.device) as load:
+            for _ in range(turns):
+                for turn, calls, samples in work.values():
+                    samples.append(seconds(turn, images.device) / calls)
     for row in rows:
         if row['form'] in work:
             times = work[row['form']][2]
             row.update(
                 seconds=f'{statistics.median(times):.6g}', fastest=f'{min(times):.6g}', slowest=f'{max(times):.6g}',
-                turns=str(turns))
+                turns=str(turns), **load)
     return rows
 
 

@@ -63,9 +63,10 @@ MAX_WINDOWS = 10
 SETTING = ('precision', 'memory_format', 'compile', 'mode', 'batch_size', 'img_size', 'device')
 KEY = ('protocol', 'model', 'arguments', *SETTING)
 VERSIONS = ('threads', 'driver', 'cuda', 'cudnn', 'torch', 'timm', 'splitmixer_timm')
+GPU_LOAD = ('other_processes', 'sm_mhz', 'sm_mhz_max')
 COLUMNS = (
     *KEY, 'params', 'img_per_s', 'rates', 'batches', 'warm_up', 'stable', 'timer', 'peak_memory_mib',
-    'memory', 'other_processes', 'sm_mhz', 'sm_mhz_max', 'error', 'date', 'commit', *VERSIONS)
+    'memory', *GPU_LOAD, 'error', 'date', 'commit', *VERSIONS)
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def gpu_state(device: torch.device) -> Dict[str, str]:
 
     Each is 'unknown' where NVML (package nvidia-ml-py) is missing or does not tell; empty on other devices.
     """
-    names = ('driver', 'other_processes', 'sm_mhz', 'sm_mhz_max')
+    names = ('driver', *GPU_LOAD)
     if device.type != 'cuda':
         return dict.fromkeys(names, '')
     state = dict.fromkeys(names, 'unknown')
@@ -204,6 +205,20 @@ def gpu_state(device: torch.device) -> Dict[str, str]:
     except pynvml.NVMLError:
         pass
     return state
+
+
+@contextmanager
+def gpu_load(device: torch.device) -> Iterator[Dict[str, str]]:
+    """ What else a CUDA device did during a measurement, by the names of `GPU_LOAD`; known once it is over.
+
+    Of the processes beside this one the larger number counts, of those at the start and at the end.
+    """
+    before, load = gpu_state(device)['other_processes'], {}
+    yield load
+    state = gpu_state(device)
+    load.update({name: state[name] for name in GPU_LOAD})
+    if before.isdecimal() and load['other_processes'].isdecimal():
+        load['other_processes'] = str(max(int(before), int(load['other_processes'])))
 
 
 def describe_versions(device: torch.device) -> Dict[str, str]:
@@ -373,17 +388,14 @@ class Subject:
         """ Rate of one repeat, and what is recorded beside it."""
         cuda = self.device.type == 'cuda'
         others_hold = self._allocated() - self.own_memory
-        others = gpu_state(self.device)['other_processes']
-        if self.settings.protocol == 'steady' and self.is_stable is None:
-            self.warm_up()
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(self.device)
-        rate = self.rate()
+        with gpu_load(self.device) as load:
+            if self.settings.protocol == 'steady' and self.is_stable is None:
+                self.warm_up()
+            if cuda:
+                torch.cuda.reset_peak_memory_stats(self.device)
+            rate = self.rate()
         peak = f'{(torch.cuda.max_memory_allocated(self.device) - others_hold) / 2**20:.1f}' if cuda else ''
         self.own_memory = self._allocated() - others_hold  # gradients and the optimizer's state came to it
-        state = gpu_state(self.device)
-        if others.isdecimal() and state['other_processes'].isdecimal():
-            state['other_processes'] = str(max(int(others), int(state['other_processes'])))
         return rate, dict(
             params=str(self.params),
             warm_up=str(self.warm_up_batches),
@@ -391,7 +403,7 @@ class Subject:
             timer='CUDA events' if cuda else 'wall clock',
             peak_memory_mib=peak,
             memory=self.memory,
-            **{name: state[name] for name in ('other_processes', 'sm_mhz', 'sm_mhz_max')},
+            **load,
         )
 
 

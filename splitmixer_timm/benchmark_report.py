@@ -141,8 +141,8 @@ def describe_setting(rows: Rows) -> str:
 
 
 def _values(rows: Rows, name: str, title: str) -> List[str]:
-    """ At most one phrase: the values that rows have in a column, with its title put where the {} is."""
-    values = sorted({row[name] for row in rows if row.get(name)})
+    """ At most one phrase: the known values that rows have in a column, with its title put where the {} is."""
+    values = sorted({row[name] for row in rows if row.get(name, 'unknown') not in ('', 'unknown')})
     return [title.format(' / '.join(values))] if values else []
 
 
@@ -152,17 +152,18 @@ def _extent(values: Iterable[Any]) -> str:
 
 
 def source(rows: Rows) -> str:
-    """ Machine, versions and dates behind the rows of one device."""
-    return ', '.join([
+    """ Machine, versions and dates behind the rows of one device, and whether it had nothing else to do."""
+    measured = ', '.join([
         *_values(rows, 'device', '{}'), *_values(rows, 'threads', '{} threads'), *_values(rows, 'driver', 'driver {}'),
         *_values(rows, 'sm_mhz_max', 'at most {} MHz'), *_values(rows, 'cuda', 'CUDA {}'),
         *_values(rows, 'cudnn', 'cuDNN {}'), *_values(rows, 'torch', 'torch {}'), *_values(rows, 'timm', 'timm {}'),
         *_values(rows, 'splitmixer_timm', 'splitmixer-timm {}'), *_values(rows, 'commit', 'commit {}'),
         'measured ' + _extent(row['date'] for row in rows),
     ])
+    return '. '.join(filter(None, [measured, _other_processes(rows)]))
 
 
-def other_processes(rows: Rows) -> str:
+def _other_processes(rows: Rows) -> str:
     """ Whether a GPU had no other process while the rows were measured; nothing where there was no GPU."""
     others = [row['other_processes'] for row in rows if row['other_processes']]
     if not others:
@@ -207,8 +208,6 @@ def describe(rows: Rows) -> str:
             sentences.append(f'Not yet stable when warm-up ended: {"; ".join(unstable)}')
     if any(row['memory'] == 'kept' for row in (*paper, *steady)):
         sentences.append('The allocator keeps what is freed')
-    if others := other_processes([*paper, *steady]):
-        sentences.append(others)
     sentences += [f'{label(_row(row))} failed ({row["protocol"]}): {row["error"]}' for row in rows if row['error']]
     return '. '.join(sentences) + '.'
 

@@ -894,6 +894,8 @@ class TestReport:
         for others, answer in (('2', 'no'), ('unknown', 'unknown')):
             text = benchmark_report.describe([{**row, 'other_processes': others} for row in rows])
             assert f'Only process on the GPU: {answer}.' in text
+        assert 'MHz' not in benchmark_report.source([{**row, 'sm_mhz_max': 'unknown'} for row in rows])
+        assert ', at most 1980 MHz, ' in benchmark_report.source([{**row, 'sm_mhz_max': '1980'} for row in rows])
 
     def test_says_what_is_missing(self, rows):
         assert 'Not measured by it' not in benchmark_report.describe(rows)

@@ -213,6 +213,26 @@ def test_ceilings_of_another_day(run, tmp_path, monkeypatch):
     assert f'{one} / {other}. ' in text or f'{other} / {one}. ' in text
 
 
+def test_other_processes(run, tmp_path, monkeypatch):
+    """ Each model is told to have been alone on the GPU or not, and those that failed nothing of it."""
+    def measure(row, *args):
+        if row[0].startswith('convmixer'):
+            raise RuntimeError('no luck')
+        return [dict(kind=roofline.FORWARD, seconds='1')]
+
+    states = [dict(driver='', other_processes=others, sm_mhz='1500', sm_mhz_max='1980') for others in '02000']
+    monkeypatch.setattr(roofline.benchmark, 'gpu_state', lambda device: states.pop(0))
+    monkeypatch.setattr(roofline.benchmark, 'describe_versions', lambda device: {})
+    monkeypatch.setattr(roofline, 'measure', measure)
+    names = [f'{name}_256_8' for name in ('splitmixer_i', 'splitmixer_ii', 'convmixer')]
+    assert run('--models', *names)[0] == 1
+    path, = tmp_path.iterdir()
+    rows = roofline.RooflineResults(path).rows.values()
+    assert [[row[name] for name in roofline.GPU_LOAD] for row in rows] == [
+        ['2', '1500', '1980'], ['0', '1500', '1980'], [''] * 3]
+    assert report.reports.source([*rows]).endswith('. Only process on the GPU: for 1 of 2 rows')
+
+
 def test_forms_of_a_model_with_its_tag(run, monkeypatch):
     measured = []
     monkeypatch.setattr(roofline, 'measure', lambda row, *args: measured.append((row[0], args[-1])) or [])

@@ -160,6 +160,8 @@ def test_no_faster_form():
 def test_measure(monkeypatch, memory):
     """ Forms in turn, each of as many calls as fill a turn; what counts is the median time of a call."""
     states, work_done, kept = set(), [], []
+    loads = [dict(other_processes=others, sm_mhz='1500', sm_mhz_max='1980') for others in '20']
+    monkeypatch.setattr(speed.benchmark, 'gpu_state', lambda device: dict(loads[bool(work_done[2:])]))
 
     def form(name):
         def run(images):
@@ -191,6 +193,7 @@ def test_measure(monkeypatch, memory):
         ['plain', '0.06', '0.05', '0.2', '3'], ['created', '0.2', '0.1', '1', '3']]
     assert states == {(False, threads + 1)}
     assert kept == ['kept'] * (memory == 'kept')
+    assert [[row[name] for name in speed.GPU_LOAD] for row in rows] == [['2', '1500', '1980']] * 2
 
 
 @pytest.mark.skipif(not find_spec('onnxscript') or not find_spec('openvino'), reason='needs onnxscript and openvino')
