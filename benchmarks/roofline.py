@@ -234,7 +234,8 @@ def record_kernels(model: SplitMixer, kernels: nn.Module, images: torch.Tensor) 
         y, elapsed, events = timer.call(functools.partial(kernels.forward_head, x))
         weights = list(kernels.head.parameters())
         moved = x.nbytes + y.nbytes + sum(weight.nbytes for weight in weights)
-        timer.add(Operation('head', moved, 2 * len(x) * sum(weight.numel() for weight in weights), elapsed), events)
+        multiplied = sum(weight.numel() for weight in weights if weight.ndim == 2)  # not the biases
+        timer.add(Operation('head', moved, 2 * len(x) * multiplied, elapsed), events)
     return timer.finish()
 
 

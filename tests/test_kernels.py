@@ -287,10 +287,14 @@ def test_roofline():
         'patches', *['spatial mixing', 'channel mixing'] * 2, 'head']
     with FlopCounterMode(display=False) as counter:
         model(x)
-    assert sum(operation.operations for operation in operations[:-1]) + 2 * 2 * 24 * 7 == counter.get_total_flops()
+    assert sum(operation.operations for operation in operations) == counter.get_total_flops()
     features = 2 * 4 * 3 * 24 * 4
-    params = 4 * 24 * (2 * 3 + 6)
-    assert [operation.bytes for operation in operations[1::2][:2]] == [2 * features + params] * 2
+    spatial = 2 * features + 4 * 24 * (2 * 3 + 6)
+    channel = 2 * features + 4 * 24 * 3 + 4 * 32 * 64 + 4 * 3
+    assert [operation.bytes for operation in operations] == [
+        x.nbytes + features + 4 * 24 * (3 * 3 * 3 + 3), spatial, channel, spatial, channel,
+        features + 4 * 7 * (24 + 1 + 2)]
+    assert operations[-1].operations == 2 * 2 * 24 * 7
     assert all(operation.seconds > 0 for operation in operations)
 
 
