@@ -62,26 +62,38 @@ def test_interpreted():
     run_interpreted(__file__)
 
 
+def _gradient(u, act):
+    grad = torch.empty_like(u)
+    # of a norm that is the identity: the output's gradient as it is
+    coefficients = torch.tensor([1., 0., 0.], device=DEVICE)[:, None].repeat(1, u.shape[-1])
+    _Launch(u, act).pointwise('grad', u, torch.ones_like(u), grad, coefficients)
+    return grad
+
+
 @runs_kernels
 def test_gradient_of_gelu_of_half_precision():
     """ What half precision rounds off is more than what the gradient is wrong by."""
     u = torch.linspace(-12, 12, 2**14, device=DEVICE).half().reshape(1, 128, 16, 8)
-    launch = _Launch(u, 'gelu')
-    grad = torch.empty_like(u)
-    # of a norm that is the identity: the output's gradient as it is
-    coefficients = torch.tensor([1., 0., 0.], device=DEVICE)[:, None].expand(3, 8).contiguous()
-    launch.pointwise('grad', u, torch.ones_like(u), grad, coefficients)
-    x = u.double()
+    grad, x = _gradient(u, 'gelu'), u.double()
     expected = 0.5 * (1 + torch.erf(x / 2**0.5)) + x * torch.exp(-x * x / 2) / (2 * torch.pi)**0.5
     assert ((grad - expected).abs() <= 1e-4 + 2**-11 * expected.abs()).all()
 
 
 @runs_kernels
-@pytest.mark.parametrize(('act', 'kernel_size', 'residual'), [('gelu', 3, True), ('gelu', 4, False), ('relu', 3, True)])
-def test_gradients_of_spatial_mixing(act, kernel_size, residual):
+def test_gradient_of_relu():
+    """ Where it bends it is 0, as torch's."""
+    u = torch.tensor([-1., -0., 0., 1.], device=DEVICE)
+    assert _gradient(u.reshape(1, 4, 1, 1), 'relu').flatten().tolist() == [0, 0, 0, 1]
+
+
+@runs_kernels
+@pytest.mark.parametrize(('act', 'kernel_size', 'residual', 'width'), [
+    ('gelu', 3, True, 4), ('gelu', 4, False, 9), ('relu', 3, True, 4)])
+def test_gradients_of_spatial_mixing(act, kernel_size, residual, width):
+    """ Of images as high as more than one program, and as wide."""
     options = dict(dtype=torch.float64, device=DEVICE)
     mixing = SplitMixer(3, 1, kernel_size, act_layer=act, **options).blocks[0].spatial_mixing
-    x = torch.randn(1, 5, 4, 3, **options, requires_grad=True)
+    x = torch.randn(1, 5, width, 3, **options, requires_grad=True)
     shapes = [mixing.conv1.weight.shape, (3,), (3,), (3,), mixing.conv2.weight.shape, (3,), (3,), (3,)]
     params = [torch.randn(shape, **options, requires_grad=True) for shape in shapes]
 
@@ -108,8 +120,9 @@ def test_gradients_of_spatial_mixing(act, kernel_size, residual):
 @pytest.mark.parametrize('act', ['gelu', 'relu'])
 @pytest.mark.parametrize('programs', [1, 1000])
 def test_gradients_of_act_norm(act, programs, monkeypatch):
-    """ With few programs of several tiles, and with many of one."""
+    """ With few programs of several tiles, and with many of one, whose sums are not added up all at once."""
     monkeypatch.setattr(training_kernels, 'PROGRAMS', programs)
+    monkeypatch.setitem(training_kernels.NORM, 'BP', 1)
     options = dict(dtype=torch.float64, device=DEVICE)
     u = torch.randn(1, 17, 1, 2, **options, requires_grad=True)  # more positions than a tile has in the interpreter
     params = [torch.randn(2, **options, requires_grad=True) for _ in range(2)]

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from triton_device import (
     DEVICE,
     HAS_CUDA,
+    INTERPRETED,
     TOLERANCE,
     compile_kernel,
     cuda,
@@ -20,7 +21,7 @@ from triton_device import (
     triton,
 )
 
-from splitmixer_timm import SplitMixer, fused_cuda, kernels, optimize_for_inference
+from splitmixer_timm import SplitMixer, fused_cuda, kernels, optimize_for_inference, training_kernels
 from splitmixer_timm.fused import Product, Unsupported
 from splitmixer_timm.splitmixer import VARIANTS
 
@@ -117,6 +118,43 @@ def test_large_images():
     y = torch.zeros(2, dtype=torch.int64, device=DEVICE)
     _offset_kernel[(2,)](y, 1500, 1500, 1536, 1450)
     assert y.tolist() == [(image * 1500 + 1450) * 1500 * 1536 for image in range(2)]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason='takes memory that it does not touch, which a GPU has not')
+def test_large_batches():
+    """ Of more than 2^31 features: the last row of the first program is that far from the first one."""
+    C, ones = 150_000_000, torch.ones(16, 128, dtype=torch.float16)
+    memory, params = torch.empty(15 * C + 128, dtype=torch.float16), torch.empty(3, C)
+    params[:, :128] = torch.tensor([[0.], [1.], [2.]])  # bias, scale and shift
+    last = memory[15 * C:]
+    last[:] = 3
+    images = memory.as_strided((16, 1, 1, 1), (C, 1, 1, 1))
+    unit = params[:, :16].contiguous()
+    assert (kernels.patch_embedding(images, ones[:1, :16], unit, 1, 1, 'relu', 'tf32x3')[-1] == 3 + 2).all()
+    common = dict(ACT='relu', ACC=tl.float32, BM=16)
+    tiles = torch.tensor([[0, 32, 0]], dtype=torch.int32)
+    kernels.channel_kernel.fn[(1,)](
+        memory, memory, ones.repeat(2, 1), params, tiles, 1, 16, C, RESIDUAL=True, PRECISION='tf32x3', BN=128, BK=32,
+        **common)
+    assert (last == 32 * 3 + 2 + 3).all()
+    training_kernels.pointwise_kernel[(1,)](
+        memory, memory, memory, params[1:], None, 16, C, STEP='norm', BC=16, TILES=1, **common)
+    assert (last[:16] == 101 + 2 + 101).all()
+
+
+@runs_kernels
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_arithmetic_of_half_precision(dtype):
+    """ It is fp32: what half precision would round off is still there when a large bias is taken away again."""
+    x = (torch.arange(96, device=DEVICE) / 128).to(dtype).reshape(1, 2, 3, 16)
+    params, one = torch.tensor([[4096.], [1.], [-4096.]], device=DEVICE).repeat(1, 16), torch.ones(1, 16, device=DEVICE)
+    unit = Product(0, 16, slice(0, 16), torch.eye(16, device=DEVICE), torch.zeros(16, device=DEVICE))
+    weight, tiles, _ = kernels.pack_channels([[unit]], 16, dtype)
+    for y in (
+            kernels.spatial_mixing(x, torch.cat((one, params, one, params)), 1, 'relu', False),
+            kernels.channel_mixing(x, weight, tiles, params, 'relu', False, 'tf32x3'),
+            kernels.patch_embedding(x.permute(0, 3, 1, 2), unit.weight.to(dtype), params, 1, 1, 'relu', 'tf32x3')):
+        assert torch.equal(y, x)
 
 
 @runs_kernels
