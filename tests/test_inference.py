@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -417,6 +418,15 @@ class TestCompile:
         fused.stem = optimize_for_inference(build(dim=32), compile=True).stem
         with pytest.raises(RuntimeError, match='must be of torch.float32 with 24 channels, got torch.float32 with 32'):
             fused(images)
+        kernel = compiled_cpu.act_affine_kernel(torch.float32, *_norm(8), 'gelu')
+        with pytest.raises(RuntimeError, match='must be of torch.float32 with 8 channels, got torch.bfloat16 with 8'):
+            kernel(torch.zeros(1, 2, 2, 8, dtype=torch.bfloat16))
+
+    def test_arithmetic_without_kernels(self):
+        """ It is fp32, rounded once."""
+        x, parts = torch.randn(2, 5, 4, 8).bfloat16(), [*_parts(8, (3, 3), ['gelu'] * 3), True]
+        for function, args in ((compiled_cpu.act_affine, parts[:3]), (compiled_cpu.spatial_mixing, parts)):
+            assert torch.equal(function(x, *args), function(x.float(), *args).bfloat16())
 
     def test_empty_batch(self, between):
         assert optimize_for_inference(build(), compile=True)(torch.empty(0, 3, 16, 16)).shape == (0, 10)
@@ -579,6 +589,23 @@ class TestKernels:
         torch.testing.assert_close(
             compiled_cpu.spatial_mixing_kernel(torch.float32, *parts)(x), compiled_cpu.spatial_mixing(x, *parts),
             rtol=1e-5, atol=1e-5)
+
+    def test_default_device(self):
+        """ They write to the CPU's memory, whatever device new tensors are made on."""
+        for make in (compiled_cpu.act_affine_kernel, compiled_cpu.act_affine_mean_kernel):
+            kernel = make(torch.float32, *_norm(8), 'gelu')
+            with torch.device('meta'):
+                assert kernel(torch.empty(0, 2, 2, 8, device='cpu')).is_cpu
+
+    def test_threads(self, monkeypatch):
+        """ As many as torch has when a kernel is called."""
+        threads = []
+        monkeypatch.setattr(compiled_cpu, 'library', lambda: SimpleNamespace(
+            channels=lambda: 32, act_affine_float=lambda *args: threads.append(args[-1])))
+        kernel = compiled_cpu.act_affine_kernel(torch.float32, *_norm(8), 'gelu')
+        monkeypatch.setattr(torch, 'get_num_threads', lambda: 5)
+        kernel(torch.zeros(1, 2, 2, 8))
+        assert threads == [5]
 
     def test_mean(self):
         """ Summed row by row: of a million pixels it is still exact."""
