@@ -44,6 +44,8 @@ class TestOperations:
 
     @pytest.mark.parametrize(('work', 'kind', 'tensors'), [
         (lambda x: x + x, 'sum', 2), (nn.functional.gelu, 'activation', 2), (lambda x: x.relu_(), 'activation', 2),
+        (nn.functional.silu, 'activation', 2), (lambda x: nn.functional.layer_norm(x, (2,)), 'norm', 3),
+        (torch.clone, 'copy', 2), (lambda x: torch.stack((x, x)), 'copy', 3), (lambda x: x.bfloat16(), 'copy', 1.5),
         (lambda x: x.mean((2, 3), keepdim=True).expand_as(x), 'other', 1.25)])
     def test_elementwise(self, work, kind, tensors):
         x = torch.randn(2, 3, 2, 2)
@@ -54,7 +56,7 @@ class TestOperations:
         x, y = torch.randn(2, 1000)
         copy, = record(lambda y: y.copy_(x), y)
         assert (copy.kind, copy.bytes) == ('copy', 2 * x.nbytes)
-        assert record(lambda x: torch.empty_like(x), x) == []
+        assert record(lambda x: (torch.empty_like(x), x.new_empty(9)), x) == []
 
     def test_limit(self):
         assert roofline.Operation('x', 100, 10, 0.).limit(50., 100.) == 2.
@@ -86,24 +88,32 @@ def test_ceilings_are_the_best_of_their_repeats(monkeypatch):
     """ A copy reads and writes each of its bytes, a product multiplies and adds."""
     times = iter([9., 2., 4., 8., 5., 3.])
     monkeypatch.setattr(roofline, 'seconds', lambda work, device: next(times))
-    monkeypatch.setattr(torch, 'randn', torch.empty)  # takes no time, and no memory as nothing is done with it
-    assert roofline.measure_ceilings(CPU, torch.float32, repeats=2) == dict(
+    made, empty = [], torch.empty  # takes no time, and no memory as nothing is done with it
+    monkeypatch.setattr(torch, 'randn', lambda *args, **kwargs: made.append(empty(*args, **kwargs)) or made[-1])
+    assert roofline.measure_ceilings(CPU, torch.bfloat16, repeats=2) == dict(
         copy=2 * 4 * 2**26 / 2, operations=2 * 2048**3 / 3)
+    assert [tensor.dtype for tensor in made] == [torch.float32, torch.bfloat16, torch.bfloat16]
 
 
 def test_measure(monkeypatch):
-    done, times = [], iter([5., 1., 2.])
-    warm_up = roofline.Subject.warm_up
+    done, times, of_operations, took = [], iter([5., 1., 2.]), iter([1., 0.125, 0.25]), None
+    warm_up, record = roofline.Subject.warm_up, roofline.record
+
+    def record_another(*args):
+        nonlocal took
+        took = next(of_operations)
+        return record(*args)
 
     def seconds(work, device):
         work()
         if not isinstance(work, partial):  # an operation
-            return 0.25
+            return took
         done.append('forward')
         return next(times)
 
     monkeypatch.setattr(roofline.Subject, 'warm_up', lambda subject: done.append('warm-up') or warm_up(subject))
     monkeypatch.setattr(roofline, 'seconds', seconds)
+    monkeypatch.setattr(roofline, 'record', record_another)
     lines = roofline.measure(('splitmixer_i_256_8_ks7_p7', ''), TINY, make_images(TINY), CEILINGS, passes=3)
     assert done == ['warm-up', 'forward', 'forward', 'forward']
     by_kind = {line['kind']: line for line in lines}
@@ -240,6 +250,19 @@ def test_forms_of_a_model_with_its_tag(run, monkeypatch):
     assert run('--models', *models, '--forms', 'created', 'optimized')[0] == 0
     expected = [(name, form) for name in models for form in ('created', 'optimized')]
     assert measured == expected[:-1]  # which is of ConvMixer
+
+
+def test_request(run, monkeypatch):
+    """ It is what is measured, and what the ceilings are of."""
+    measured, dtypes = [], []
+    monkeypatch.setattr(roofline, 'measure', lambda row, *args: measured.append(args) or [])
+    monkeypatch.setattr(roofline, 'measure_ceilings', lambda device, dtype: dtypes.append(dtype) or CEILINGS)
+    for args in ([], ['--precision', 'bf16', '--memory-format', 'channels_last', '--passes', '3']):
+        assert run('--models', 'splitmixer_i_256_8', *args)[0] == 0
+    assert [(args[0].precision, args[0].memory_format, args[3]) for args in measured] == [
+        ('fp32', 'contiguous', 2), ('bf16', 'channels_last', 3)]
+    assert dtypes == [torch.float32, torch.bfloat16] == [args[1].dtype for args in measured]
+    assert measured[1][1].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_failing_model(run, tmp_path, monkeypatch):
