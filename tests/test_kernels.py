@@ -124,7 +124,10 @@ def test_large_images():
 def test_large_batches():
     """ Of more than 2^31 features: the last row of the first program is that far from the first one."""
     C, ones = 150_000_000, torch.ones(16, 128, dtype=torch.float16)
-    memory, params = torch.empty(15 * C + 128, dtype=torch.float16), torch.empty(3, C)
+    try:
+        memory, params = torch.empty(15 * C + 128, dtype=torch.float16), torch.empty(3, C)
+    except RuntimeError:
+        pytest.skip('this system gives no 6.3 GB, not even of memory that is not touched')
     params[:, :128] = torch.tensor([[0.], [1.], [2.]])  # bias, scale and shift
     last = memory[15 * C:]
     last[:] = 3
