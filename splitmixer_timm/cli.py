@@ -340,7 +340,7 @@ def _pull(args: argparse.Namespace) -> int:
     except (ValueError, RuntimeError, OSError) as e:
         raise CommandError(str(e)) from e
     print(f'{folder}: {", ".join(names)}')
-    print(f"timm.create_model('local-dir:{folder}', pretrained=True)")
+    print(f"timm.create_model({f'local-dir:{folder}'!r}, pretrained=True)")
     return 0
 
 

@@ -277,16 +277,20 @@ def pull_to_folder(
         raise ValueError(f'{folder} exists already: name another folder.')
     cached = download(repo_id, revision=revision, token=token, optional=(CARD, ARGS, SUMMARY))
     load_folder(cached, repo_id)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f'.{folder.name}-', dir=folder.parent))
+    is_there = folder.is_dir()  # perhaps a link, or where a volume is mounted, of which no other can take the place
+    if not is_there:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix='.pull-', dir=folder if is_there else folder.parent))
     try:
         names = [name for name in (CONFIG, WEIGHTS, CARD, ARGS, SUMMARY) if (cached / name).is_file()]
         for name in names:
             shutil.copyfile(cached / name, temporary / name)
-        temporary.chmod(0o755)
-        if folder.is_dir():
-            folder.rmdir()  # Windows replaces no folder, not even an empty one
-        temporary.replace(folder)
+        if is_there:
+            for name in reversed(names):  # the config last, without which the others are no model
+                (temporary / name).replace(folder / name)
+        else:
+            temporary.chmod(0o755)
+            temporary.replace(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return names

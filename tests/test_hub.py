@@ -1210,6 +1210,24 @@ class TestCommandLine:
         assert cli.main(['pull', REPO, '--to', '.']) == 2
         assert 'name another folder' in capsys.readouterr().err
 
+    def test_pull_to_a_link(self, server, tmp_path):
+        """ It stays, as the mount point of a volume must."""
+        push_to_hub(create(), REPO, token=TOKEN)
+        (tmp_path / 'volume').mkdir(mode=0o700)
+        (tmp_path / 'link').symlink_to('volume')
+        assert cli.main(['pull', REPO, '--to', str(tmp_path / 'link')]) == 0
+        assert (tmp_path / 'link').is_symlink()
+        assert {path.name for path in (tmp_path / 'volume').iterdir()} == files(server).keys()
+        assert (tmp_path / 'volume').stat().st_mode & 0o777 == 0o700
+        assert isinstance(timm.create_model(f'local-dir:{tmp_path}/link', pretrained=True), splitmixer_timm.SplitMixer)
+
+    @pytest.mark.parametrize('name', ["alice's", 'n' * 255], ids=['quote', 'long'])
+    def test_pull_to_any_name(self, server, tmp_path, capsys, monkeypatch, name):
+        push_to_hub(create(), REPO, token=TOKEN)
+        monkeypatch.chdir(tmp_path)
+        assert cli.main(['pull', REPO, '--to', name]) == 0
+        assert isinstance(eval(capsys.readouterr().out.splitlines()[-1]), splitmixer_timm.SplitMixer)
+
     @pytest.mark.parametrize('fault', [503, 'drop'])
     def test_pull_of_a_part_is_none(self, server, tmp_path, capsys, fault):
         push_to_hub(create(), REPO, token=TOKEN)
