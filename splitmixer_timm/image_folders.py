@@ -78,8 +78,11 @@ def write_image_folders(name: str, root: Union[str, Path]) -> Path:
         raise ValueError(f'name must be one of {", ".join(map(repr, SOURCES))}, got {name!r}.')
     root = Path(root)
     target = root / name
-    if target.exists():
+    if target.is_dir():
         raise FileExistsError(f'{target} is there already: remove it to make it anew')
+    for path in (root, target):
+        if os.path.lexists(path) and not path.is_dir():
+            raise NotADirectoryError(f'{path} is no folder, but a file or a link that leads nowhere')
     if name == 'flowers102':
         import scipy.io  # noqa: F401  # before anything is downloaded
     root.mkdir(parents=True, exist_ok=True)

@@ -152,6 +152,18 @@ def test_without_a_network(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize('name', ['data', 'data/cifar10'])
+@pytest.mark.parametrize('is_link', [False, True])
+def test_no_folder(tmp_path, monkeypatch, capsys, name, is_link):
+    """ Neither what an earlier call finished, nor what is found out once all is downloaded."""
+    monkeypatch.setattr('splitmixer_timm.image_folders._images', lambda *args: pytest.fail('began'))
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.symlink_to('nowhere') if is_link else path.touch()
+    assert cli.main(['data', 'cifar10', '--to', str(tmp_path / 'data')]) == 1
+    assert f'FAILED  cifar10  {path} is no folder' in capsys.readouterr().out
+
+
 def test_what_there_is(tmp_path):
     with pytest.raises(ValueError, match="name must be one of 'cifar10', .*, got 'svhn'"):
         write_image_folders('svhn', tmp_path)
