@@ -58,7 +58,8 @@ def read_stdin(stream: BinaryIO) -> List[ImageSource]:
     except Exception:  # an image that Pillow will not decode, or paths that begin as one does: BMW/1.jpg, BMW/2.jpg
         is_damaged = True
     try:
-        lines = [line for line in os.fsdecode(data).splitlines() if line.strip()]
+        # of bytes, since lines of text also end at form feeds and U+2028, which names may have
+        lines = [os.fsdecode(line) for line in data.splitlines() if line.strip()]
     except UnicodeDecodeError:
         lines = []
     # names may be any bytes, but what is no text and names no file is something else

@@ -196,6 +196,12 @@ class TestPredict:
         assert status == 0
         assert out.splitlines()[::2] == [str(folder / 'a.png'), str(folder / 'below' / 'c.WEBP')]
 
+    @pytest.mark.parametrize('character', ['\f', '\x85', '\u2028'], ids=ascii)
+    def test_stdin_paths_with_what_ends_lines_of_text(self, run, tmp_path, character):
+        image = shutil.copy(EXAMPLE, tmp_path / f'air{character}plane.png')
+        status, out, err = run('predict', '-', '--topk', 1, stdin=os.fsencode(image) + b'\r\n')
+        assert (status, out.count('%'), err) == (0, 1, '')
+
     def test_stdin_paths_that_begin_as_an_image(self, run, tmp_path, monkeypatch):
         """ BM are a bitmap's first bytes, of which Pillow says that it is cut off."""
         monkeypatch.chdir(tmp_path)
