@@ -223,7 +223,7 @@ def validate(
     env = environment(NVIDIA_TF32_OVERRIDE='0', TIMM_DATASET_MAX_RETRIES='1')
     command = [
         sys.executable, '-m', 'splitmixer_timm.run', str(scripts / 'validate.py'),
-        '--model', model, '--checkpoint', str(weights), '--data-dir', str(data_dir), '--split', split,
+        '--model', model, '--checkpoint', str(weights), '--data-dir', str(data_dir.absolute()), '--split', split,
         '--device', device, '--batch-size', str(batch_size), '--workers', '1', '--no-prefetcher',
         '--results-file', str(results), '--results-format', 'json',
     ]

@@ -419,7 +419,7 @@ def start(run: Run, scripts: Path, machine: str, runs: int) -> subprocess.Popen:
         with open(run.folder / 'train.log', 'ab') as log:
             allocator = KEEP_MEMORY if config['device'].startswith('cpu') else {}
             return subprocess.Popen(
-                [sys.executable, str(scripts / 'train.py'), '--config', str(run.folder / 'config.yaml')],
+                [sys.executable, str((scripts / 'train.py').absolute()), '--config', str(run.folder / 'config.yaml')],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                 env={**allocator, **environment()},
                 pass_fds=[held.fileno()] if held else ())

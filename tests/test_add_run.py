@@ -99,6 +99,15 @@ def test_adds(run, monkeypatch):
     assert not list(run.weights.rglob('.*.tmp'))
 
 
+def test_folders_that_begin_with_a_dash(run, tmp_path, monkeypatch):
+    """ They are no options of validate.py."""
+    monkeypatch.chdir(tmp_path)
+    for name in ('data', 'scripts'):
+        (tmp_path / name).rename(f'-{name}')
+    run.add(more=['--data-dir', './-data', '--scripts', './-scripts'])
+    assert NAME in json.loads((run.weights / 'manifest.json').read_text())['models']
+
+
 @pytest.mark.usefixtures('measured')
 def test_training_images_are_counted(run, tmp_path):
     """ As timm finds them: what else lies in the folders is none."""

@@ -172,6 +172,15 @@ def test_trains_and_adds(zoo, monkeypatch):
 
 
 @pytest.mark.usefixtures('validated')
+def test_folders_that_begin_with_a_dash(zoo, monkeypatch):
+    """ They are no options of Python's."""
+    monkeypatch.chdir(zoo.path)
+    (zoo.path / 'scripts').rename('-scripts')
+    assert zoo.run(OTHER, '--scripts', './-scripts', '--output', './-runs') == 0
+    assert OTHER in zoo.entries()
+
+
+@pytest.mark.usefixtures('validated')
 def test_epochs_by_the_images(zoo):
     """ timm rounds a cycle to updates: this one has an epoch more than one of a thousand updates an epoch has."""
     args = dict(epochs=2, warmup_epochs=1, lr_cycle_limit=1, lr_cycle_mul=0.9, batch_size=100)
