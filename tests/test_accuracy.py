@@ -188,6 +188,20 @@ class TestVerifyData:
         evaluate(NAME, tmp_path, 'meta', workers=0)
         assert seen == ['meta']
 
+    def test_little_shared_memory(self, tmp_path):
+        """ A limit for files, which is one for it as well on Linux, stands for a container that has little of it."""
+        resource = pytest.importorskip('resource')
+        for name in manifest.label_names('cifar10'):
+            (tmp_path / name).mkdir()
+            for n in range(2):
+                Image.new('RGB', (32, 32)).save(tmp_path / name / f'{n}.png')
+        before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, most))
+        try:
+            assert evaluate(NAME, tmp_path).images == 20
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
+
     def test_files_are_closed(self, tmp_path, monkeypatch):
         files = []
         read = ReaderImageFolder.__getitem__
