@@ -142,7 +142,7 @@ def describe_setting(rows: Rows) -> str:
 
 def _values(rows: Rows, name: str, title: str) -> List[str]:
     """ At most one phrase: the known values that rows have in a column, with its title put where the {} is."""
-    values = sorted({row[name] for row in rows if row.get(name, 'unknown') not in ('', 'unknown')})
+    values = sorted({row[name] for row in rows if row.get(name) not in (None, '', 'unknown')})
     return [title.format(' / '.join(values))] if values else []
 
 
