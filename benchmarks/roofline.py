@@ -38,6 +38,7 @@ from tqdm import tqdm
 from splitmixer_timm import SplitMixer, benchmark, fused, fused_cpu, splitmixer
 from splitmixer_timm.benchmark import GPU_LOAD, SETTING, VERSIONS, Results, Row, Settings, Subject, make_images, seconds
 from splitmixer_timm.cli import positive
+from splitmixer_timm.files import check_folder
 
 KINDS = {
     'activation': ('gelu', 'gelu_', 'relu', 'relu_', 'silu', 'silu_', 'hardswish', 'hardswish_', 'hardtanh'),
@@ -327,7 +328,7 @@ def main(argv: Optional[List[str]] = None) -> int:
                  if form == 'created' or row[0].partition('.')[0] in splitmixer.VARIANTS]
         if not turns:
             raise ValueError(f'forms {", ".join(args.forms)} are of SplitMixers, got models {", ".join(args.models)}')
-        benchmark.check_folder(args.results)
+        check_folder(args.results, 'results')
         results = RooflineResults(args.results / f'{benchmark.results_name(str(device))}.roofline.csv')
     except ValueError as e:
         parser.error(str(e))

@@ -39,6 +39,7 @@ from tqdm import tqdm
 from splitmixer_timm import SplitMixer, benchmark, fuse_for_training, optimize_for_inference
 from splitmixer_timm.benchmark import GPU_LOAD, VERSIONS, Results, Settings, build_model, make_images, seconds
 from splitmixer_timm.cli import positive
+from splitmixer_timm.files import check_folder
 from splitmixer_timm.machine import has_bfloat16
 
 MODELS = [f'{name}_256_8_ks7_p7' for name in (
@@ -256,7 +257,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         if 'table3' in args.models:  # rows of it differ in arguments, which these results have no column for
             raise ValueError("'table3' is for throughput and roofline; models are measured here without arguments")
         models = [name for name, _ in benchmark.check_models(args.models)]
-        benchmark.check_folder(args.results)
+        check_folder(args.results, 'results')
         results = SpeedResults(args.results / f'{benchmark.results_name(str(device))}.speed.csv')
     except ValueError as e:
         parser.error(str(e))

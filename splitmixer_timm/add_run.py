@@ -40,6 +40,7 @@ from . import manifest
 from .card import DATASETS
 from .cli import ended_tidily, positive
 from .convmixer import ARCHITECTURES
+from .files import check_folder
 from .machine import device_name
 from .run import environment
 from .runs import (
@@ -309,7 +310,8 @@ def add_runs(
     Raises:
         ValueError: If the name, the data set or a folder is not what it must be; if a run is not finished, is of
             another architecture, differs from the others in more than the seed, ended in weights that are not finite,
-            or was made on what nothing tells of; or if class folders are not the data set's, or in another order.
+            or was made on what nothing tells of; if class folders are not the data set's, or in another order; or if
+            the zoo's folder cannot be written to.
         subprocess.CalledProcessError: If validate.py failed.
     """
     arch, _ = checked_name(name)
@@ -334,6 +336,7 @@ def add_runs(
     # what else lies there, a part held out or a first few images, is not taken for it
     test_set = 'the official test set' if tested_on == DATASETS[dataset].test else \
         f'{tested_on:,} images, not the official test set'
+    check_folder(manifest.WEIGHTS_DIR, 'weights')
     rows = read_summary(run_dir)
     made = made_on(run_dir, run_args['device'], scripts)
 

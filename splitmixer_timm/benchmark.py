@@ -22,7 +22,6 @@ import re
 import signal
 import statistics
 import subprocess
-import tempfile
 import time
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -140,19 +139,6 @@ def check_models(names: Sequence[str]) -> List[Row]:
         raise ValueError(f"unknown model {', '.join(map(repr, unknown))}; `splitmixer-timm list` names ours, "
                          "timm.list_models() in Python all, and 'table3' stands for the rows of the paper's Table 3")
     return list(dict.fromkeys(row for name in names for row in (TABLE3 if name == 'table3' else [(name, '')])))
-
-
-def check_folder(folder: Path) -> None:
-    """ Make the folder if it is not there, and see that files can be written to it.
-
-    Raises:
-        ValueError: If not.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as e:
-        raise ValueError(f'results cannot be written to {folder}: {e.strerror}') from e
 
 
 def results_name(device: str) -> str:

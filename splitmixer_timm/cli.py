@@ -16,6 +16,7 @@ from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, get_pretrained_
 
 from . import __version__, manifest
 from .convmixer import ARCHITECTURES
+from .files import check_folder
 from .image_folders import SOURCES, write_image_folders
 from .runs import RECIPES_DIR
 
@@ -307,6 +308,8 @@ def _push(args: argparse.Namespace) -> int:
             jobs = [(repo_id, dataclasses.replace(release, license=args.license)) for repo_id, release in jobs]
         if args.record and (args.create_pr or any(release.name is None for _, release in jobs)):
             raise CommandError('--record is for models of the zoo, and for commits, not pull requests')
+        if args.record:
+            check_folder(manifest.WEIGHTS_DIR, 'where models are published')
         for repo_id, _ in jobs:
             validate_repo_id(repo_id)
             if '/' not in repo_id:
@@ -412,7 +415,7 @@ def _benchmark(args: argparse.Namespace) -> int:
         if args.plot and find_spec('matplotlib') is None:
             raise ValueError("--plot needs matplotlib: pip install 'splitmixer-timm[bench]', or leave --plot out")
         folder = args.results or benchmark.RESULTS_DIR
-        benchmark.check_folder(folder)
+        check_folder(folder, 'results')
         name = benchmark.results_name(str(device))
         results = benchmark.Results(folder / f'{name}.csv')
     except ValueError as e:

@@ -56,7 +56,7 @@ from .add_run import (
     weights_content,
 )
 from .cli import ended_tidily, positive
-from .files import replace_file
+from .files import check_folder, replace_file
 from .held_out import SPLITS, HeldOutResults, describe, hold_out
 from .image_folders import SOURCES
 from .machine import device_name, has_bfloat16
@@ -620,6 +620,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         if args.held_out is not None:
             data_dir, splits = args.output.resolve() / 'held_out', SPLITS
             finish = partial(compare, HeldOutResults(args.held_out))
+        else:
+            check_folder(manifest.WEIGHTS_DIR, 'weights')
         models = read_queue(
             args.queue, args.names, args.output.resolve(), args.scripts / 'train.py', modules,
             data_dir=data_dir, device=args.device, workers=args.workers,

@@ -1,8 +1,10 @@
+import errno
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -89,3 +91,12 @@ def _seed():
 def images():
     """ Small images whose sides differ and are no multiple of common patches."""
     return torch.randn(2, 3, 15, 18)
+
+
+@pytest.fixture
+def read_only(monkeypatch):
+    """ No folder can be written to, which permissions alone do not bring about for root."""
+    def refuse(dir=None, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), dir)
+
+    monkeypatch.setattr(tempfile, 'TemporaryFile', refuse)

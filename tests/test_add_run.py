@@ -477,6 +477,16 @@ def test_zoo_that_cannot_be_written(run, capsys, monkeypatch):
     assert f"splitmixer_timm.add_run: [Errno 13] Permission denied: '{run.weights}" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures('read_only')
+def test_read_only_zoo(run, capsys):
+    """ Told before anything is measured."""
+    run.validate.write_text('raise SystemExit(3)')
+    with pytest.raises(SystemExit) as error:
+        run.add()
+    assert error.value.code == 2
+    assert f'weights cannot be written to {run.weights}: Read-only file system' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(('change', 'message'), [
     (['--dataset', 'mnist'], "dataset must be one of cifar10, cifar100, flowers102, food101, in1k, got 'mnist'"),
     (['--scripts', 'nowhere'], 'scripts must be a folder with validate.py, nowhere has none'),

@@ -1280,6 +1280,14 @@ class TestCommandLine:
             assert '--record is for models of the zoo' in capsys.readouterr().err
         assert not server.requests
 
+    @pytest.mark.usefixtures('read_only')
+    def test_record_where_it_cannot_be_written(self, server, capsys):
+        """ Told before anything is published."""
+        assert cli.main(['push', ZOO, REPO, '--record']) == 2
+        err = capsys.readouterr().err
+        assert f'where models are published cannot be written to {manifest.WEIGHTS_DIR}: Read-only file system' in err
+        assert not server.requests
+
     def test_a_folder_named_like_a_model(self, server, tmp_path, monkeypatch):
         """ The zoo's name is the zoo's; the folder's weights are known as the zoo's besides."""
         push_to_hub(timm.create_model(ZOO, pretrained=True), f'alice/{ZOO}', token=TOKEN)

@@ -901,6 +901,14 @@ def test_bad_requests(zoo, capsys, change, message):
     assert not (zoo.path / 'runs').exists()
 
 
+@pytest.mark.usefixtures('read_only')
+def test_read_only_zoo(zoo, capsys):
+    with pytest.raises(SystemExit):
+        zoo.run()
+    assert f'weights cannot be written to {manifest.WEIGHTS_DIR}: Read-only file system' in capsys.readouterr().err
+    assert not (zoo.path / 'runs').exists()
+
+
 def test_without_matplotlib(zoo, capsys, monkeypatch):
     monkeypatch.setattr('splitmixer_timm.add_run.find_spec', lambda name: None)
     with pytest.raises(SystemExit):
