@@ -222,10 +222,12 @@ def validate(
     # on a GPU validate.py allows products in TF32, which is not the fp32 that the entry tells of, and timm measures the
     # next image once more in place of one that cannot be read
     env = environment(NVIDIA_TF32_OVERRIDE='0', TIMM_DATASET_MAX_RETRIES='1')
+    # a worker hands its batches over in shared memory, of which a container has less than 200 images of 224 x 224 take
+    workers = '0' if device.startswith('cpu') else '1'
     command = [
         sys.executable, '-m', 'splitmixer_timm.run', str(scripts / 'validate.py'),
         '--model', model, '--checkpoint', str(weights), '--data-dir', str(data_dir.absolute()), '--split', split,
-        '--device', device, '--batch-size', str(batch_size), '--workers', '1', '--no-prefetcher',
+        '--device', device, '--batch-size', str(batch_size), '--workers', workers, '--no-prefetcher',
         '--results-file', str(results), '--results-format', 'json',
     ]
     with subprocess.Popen(command, env=env) as process:

@@ -30,6 +30,7 @@ for name in ('model', 'checkpoint', 'data-dir', 'split', 'device', 'batch-size',
 parser.add_argument('--no-prefetcher', action='store_true')
 args = parser.parse_args()
 assert args.model == 'splitmixer_ii_256_8.cifar10' and args.split == 'validation'
+assert args.device == 'cpu' and args.workers == '0', 'a worker needs shared memory'
 import timm
 model = timm.create_model(args.model)
 timm.models.load_checkpoint(model, args.checkpoint)
