@@ -15,6 +15,7 @@ from timm.data import create_loader
 from torch.utils.data import TensorDataset
 
 from splitmixer_timm import manifest, paper
+from splitmixer_timm.runs import read_summary
 
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 BLOCKS = re.findall(r'```(\w+)\n(.*?)```', README, re.DOTALL)
@@ -89,6 +90,19 @@ def test_trained_by():
     assert by['train_graphs'] == {
         name for name in by['train_graphs'] | by['train_fused'] if '_v_' in name or name.endswith('_plus')}
     assert len([name for name in by['train_graphs'] if name.endswith('_plus')]) == 2
+
+
+def test_logs():
+    """ MODEL_CARD tells how far the logs' last figures are from the zoo's."""
+    differences = {}
+    for entry in manifest.entries().values():
+        log = read_summary((manifest.WEIGHTS_DIR / entry['training']['summary']).parent)
+        difference = abs(float(log[-1]['eval_top1']) - entry['metrics']['top1'])
+        differences.setdefault(entry['dataset'].rstrip('0123456789'), []).append(difference)
+    card = ' '.join((ROOT / 'MODEL_CARD.md').read_text(encoding='utf-8').split())
+    most = re.search(r'On CIFAR they differ by at most ([0-9.]+) points, on Flowers102 by more', card)[1]
+    assert most == f'{max(differences["cifar"]):.2f}'
+    assert min(differences['flowers']) > max(differences['cifar'])
 
 
 def test_fine_tuning():
