@@ -44,8 +44,8 @@ class Dataset:
 
 
 _CIFAR_BIAS = (
-    'drawn from web searches of 2008 for English nouns, it carries the habits of those: few settings, Western objects, '
-    'the object large and centred')
+    'drawn from web searches of around 2006 for English nouns, it carries the habits of those: few settings, Western '
+    'objects, the object large and centred')
 _CIFAR_TRAINING = {50000: 'the official train split'}
 DATASETS = {
     'cifar10': Dataset(
