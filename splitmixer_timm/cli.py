@@ -559,7 +559,8 @@ def _parser() -> argparse.ArgumentParser:
         "Leave a model in a folder that timm.create_model('local-dir:DIR', pretrained=True) reads without a network."))
     command.add_argument('repo_id', metavar='REPO_ID', help='USER/NAME or USER/NAME@REVISION')
     command.add_argument('--revision', help='branch, tag or commit (default: main)')
-    command.add_argument('--to', metavar='DIR', type=Path, help="a new folder (default: the repository's name)")
+    command.add_argument(
+        '--to', metavar='DIR', type=Path, help="a new folder, or an empty one (default: the repository's name)")
     command.add_argument('--token', help='token of the Hub (default: the one that is logged in)')
     command.set_defaults(run=_pull)
 
