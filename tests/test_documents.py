@@ -159,7 +159,12 @@ def test_ci_runs_the_readme():
 def test_links():
     for document in ('README.md', 'MODEL_CARD.md', 'benchmarks/README.md', 'weights/README.md'):
         path = ROOT / document
-        for target in re.findall(r'\]\((?!https?:)([^)#]+)\)', path.read_text(encoding='utf-8')):
-            assert (path.parent / target).exists(), f'{document} links to {target}'
+        for target, anchor in re.findall(r'\]\((?!https?:)([^)#]*)#?([^)]*)\)', path.read_text(encoding='utf-8')):
+            linked = path.parent / target if target else path
+            assert linked.exists(), f'{document} links to {target}'
+            if anchor:
+                titles = re.findall(r'^#+ (.*)$', linked.read_text(encoding='utf-8'), re.MULTILINE)
+                anchors = [re.sub(r'[^\w -]', '', title.lower()).replace(' ', '-') for title in titles]
+                assert anchor in anchors, f'{document} links to {target}#{anchor}'
     for path in re.findall(r'`((?:splitmixer_timm|weights|benchmarks|tests)/[\w./]+)`', README):
         assert (ROOT / path).exists(), path
