@@ -280,7 +280,7 @@ class Release:
                 'whoever downloads it gets; this one was changed after it was made.')
 
     def config(self, license: Optional[str] = None) -> bytes:
-        """ config.json as timm writes it, with another licence if one is given."""
+        """ config.json as timm and transformers read it, with another licence if one is given."""
         stand_in = SimpleNamespace(
             pretrained_cfg={**self.cfg, 'license': license or self.cfg.get('license')},
             num_classes=self.model.num_classes, num_features=self.model.num_features)
@@ -292,7 +292,10 @@ class Release:
             save_config_for_hf(
                 stand_in, path, model_config=dict(label_names=names, label_descriptions=descriptions),
                 model_args=self.model_args)
-            return path.read_bytes()
+            config = json.loads(path.read_bytes())
+        # timm puts it there too, but transformers passes the number of classes beside these
+        config['model_args'].pop('num_classes', None)
+        return json.dumps(config, indent=2).encode()
 
     def weights(self) -> bytes:
         """ model.safetensors."""

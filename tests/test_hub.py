@@ -224,6 +224,13 @@ class TestContents:
         assert 'file' not in config['pretrained_cfg']
         assert str(ROOT) not in json.dumps(config)
 
+    @pytest.mark.parametrize('name', [NAME, 'convmixer_256_8'])
+    def test_config_for_transformers(self, name):
+        """ Its TimmWrapper gives `timm.create_model` the number of classes beside the config's arguments."""
+        config = json.loads(Release(create(name)).config())
+        model = timm.create_model(config['architecture'], num_classes=3, **config['model_args'])
+        assert model.head.out_features == 3
+
     def test_weights_have_metadata(self, server, tmp_path):
         push_to_hub(create(), REPO, token=TOKEN)
         (tmp_path / 'weights').write_bytes(files(server)['model.safetensors'])
