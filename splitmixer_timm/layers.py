@@ -184,7 +184,7 @@ def _row_conv(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor
     if x.device.type != 'cpu' or not has_known_size(x):
         return _axis_conv(x, weight, bias, (1, weight.shape[3]), C)
     x = x.permute(0, 2, 3, 1).reshape(N * H, W, 1, C).permute(0, 3, 1, 2)
-    x = F.conv2d(x, weight.transpose(2, 3), bias, padding='same', groups=C)
+    x = _axis_conv(x, weight.transpose(2, 3), bias, (weight.shape[3], 1), C)
     return x.permute(0, 2, 3, 1).reshape(N, H, W, C).permute(0, 3, 1, 2)
 
 

@@ -688,6 +688,13 @@ class TestMemoryFormat:
         torch.testing.assert_close(conv.train()(x), conv.eval()(x))
         assert torch.autograd.gradcheck(conv.train(), x)
 
+    def test_rows_in_train_mode_are_counted(self):
+        """ Counters that read traces, as fvcore's, know no convolution whose padding is a word."""
+        conv = layers.AxisConv2d(6, 6, (1, 5), groups=6, padding='same')
+        graph = str(torch.jit.trace(conv.train(), torch.randn(2, 6, 4, 7)).inlined_graph)
+        assert graph.count('aten::_convolution(') == 1
+        assert 'aten::_convolution_mode' not in graph
+
     @pytest.mark.parametrize('kwargs', [
         dict(), dict(channel_residual=True), dict(channel_mixing='iii'), dict(channel_mixing='iv'),
         dict(channel_mixing='3d'), dict(dtype=torch.bfloat16)], ids=str)
