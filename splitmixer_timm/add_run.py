@@ -222,7 +222,7 @@ def validate(
     # on a GPU validate.py allows products in TF32, which is not the fp32 that the entry tells of, and timm measures the
     # next image once more in place of one that cannot be read
     env = environment(NVIDIA_TF32_OVERRIDE='0', TIMM_DATASET_MAX_RETRIES='1')
-    # a worker hands its batches over in shared memory, of which a container has less than 200 images of 224 x 224 take
+    # a worker hands its batches over in shared memory, which for 200 images of 224 x 224 a container may not have
     workers = '0' if device.startswith('cpu') else '1'
     command = [
         sys.executable, '-m', 'splitmixer_timm.run', str(scripts / 'validate.py'),

@@ -44,7 +44,7 @@ class Dataset:
 
 
 _CIFAR_BIAS = (
-    'drawn from web searches of around 2006 for English nouns, it carries the habits of those: few settings, Western '
+    'drawn from web searches made before 2008 for English nouns, it carries the habits of those: few settings, Western '
     'objects, the object large and centred')
 _CIFAR_TRAINING = {50000: 'the official train split'}
 DATASETS = {
