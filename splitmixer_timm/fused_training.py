@@ -471,7 +471,7 @@ def _check_trained(model: nn.Module, device: Optional[Union[str, torch.device]])
 
 
 def fuse_for_training(
-        model: SplitMixer,
+        model: nn.Module,
         device: Optional[Union[str, torch.device]] = None,
         cuda_graphs: bool = False,
 ) -> SplitMixer:
@@ -488,7 +488,7 @@ def fuse_for_training(
     A variance is mean(x^2) - mean(x)^2, which loses digits where a channel's mean is many times its deviation.
 
     Args:
-        model: The model.
+        model: The `SplitMixer`.
         device: Where it will be trained, its own device if None.
         cuda_graphs: Whether the blocks become two CUDA graphs, one forward and one backward, at the second step in a
             row with images of a size and number. They save the time that Python takes to launch each kernel, and

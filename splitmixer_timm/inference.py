@@ -32,7 +32,7 @@ def _cast_images(stem: nn.Module, args: Tuple[torch.Tensor]) -> Tuple[torch.Tens
 
 
 def optimize_for_inference(
-        model: SplitMixer,
+        model: nn.Module,
         *,
         dtype: Optional[torch.dtype] = None,
         compile: bool = False,
@@ -66,7 +66,7 @@ def optimize_for_inference(
     instructions for bf16 the fast form computes in fp32 and gives bf16, and a warning says so.
 
     Args:
-        model: The model, in eval mode; it stays as it is, and changes to it later do not reach the new one.
+        model: The `SplitMixer`, in eval mode; it stays as it is, and changes to it later do not reach the new one.
         dtype: Data type of weights and features, `torch.float32`, `torch.bfloat16` or, on CUDA, `torch.float16`; that
             of the model's stem if None.
         compile: Whether kernels are compiled on a CPU. On CUDA there are kernels in any case.

@@ -6,6 +6,7 @@ by test_timm_suite.py. Its tests of intermediates go by a list of timm's modules
 """
 import copy
 import io
+import typing
 import warnings
 
 import pytest
@@ -18,6 +19,7 @@ from timm.models._features_fx import FeatureGraphNet
 from timm.optim import create_optimizer_v2
 from torchvision.models.feature_extraction import create_feature_extractor
 
+import splitmixer_timm
 from splitmixer_timm import SplitMixer
 from splitmixer_timm.complexity import measure_activation_bytes
 
@@ -398,3 +400,10 @@ class TestExport:
             x = torch.randn(batch, *images.shape[1:])
             actual = session.run(None, {'input': x.numpy()})[0]
             torch.testing.assert_close(torch.from_numpy(actual), model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['fuse_for_training', 'optimize_for_inference', 'push_to_hub'])
+def test_type_hints(name):
+    """ To a type checker, functions that take a model take what `timm.create_model` says that it returns."""
+    created = typing.get_type_hints(timm.create_model)['return']
+    assert issubclass(created, typing.get_type_hints(getattr(splitmixer_timm, name))['model'])
